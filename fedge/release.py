@@ -1,0 +1,124 @@
+"""Manifests: what a bundle consists of, and the signature that makes it believable.
+
+A bundle is a folder: one weight file, the graphs that read it, the tokenizer, `manifest.json` and `manifest.sig`.
+The manifest names every file with its SHA-256 and every tensor with its place in the weight file; the detached
+Ed25519 signature covers the manifest's bytes. So one 32-byte hash of the manifest pins everything that a device
+will ever run. Nothing is opened before its hash is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fedge.errors import IntegrityError, UnsupportedError
+from fedge.limits import BUNDLE_FILE_BYTES_MAX, MANIFEST_BYTES_MAX
+from fedge.lora import LoraConfig
+
+MANIFEST: Final = "manifest.json"
+SIGNATURE: Final = "manifest.sig"
+WEIGHTS: Final = "weights.bin"
+TOKENIZER: Final = "tokenizer.json"
+FORMAT: Final = 1
+_DOMAIN: Final = b"fedge bundle manifest v1\x00"
+
+
+class TensorPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a tensor lies in the weight file: `dtype` is a numpy name, the layout is C order."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of the bundle: its size in bytes and its SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything a device must know about a bundle before it opens any other file of it."""
+
+    format: int
+    model: str
+    architecture: str
+    licence: str
+    source_sha256: str
+    weights_format: str  # of the blocks, e.g. "int4d"
+    embedding_format: str  # of embedding and head, e.g. "int8g"
+    layers: int
+    hidden: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    positions_max: int
+    head_tied: bool
+    eos_id: int
+    pad_id: int
+    lora: LoraConfig
+    lora_shapes: dict[str, tuple[int, int]]  # target module path in a block -> (out, in)
+    aux: tuple[str, ...]  # outputs of the prologue that every block reads beside x
+    head_rows: int  # vocabulary rows per pass of the streamed cross-entropy
+    operators: tuple[str, ...]
+    runtime_min: str
+    tensors: dict[str, TensorPlace]
+    files: dict[str, FileEntry]
+    gates: dict[str, float]
+    publisher: str  # Ed25519 public key, hexadecimal
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Canonical bytes: sorted keys, so the same bundle has the same hash."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
+
+
+def sign_manifest(data: bytes, key: Ed25519PrivateKey) -> bytes:
+    """Detached 64-byte Ed25519 signature over the manifest's bytes (RFC 8032)."""
+    return key.sign(_DOMAIN + data)
+
+
+def open_manifest(
+    data: bytes, signature: bytes, *, publisher: bytes | None = None, sha256: bytes | None = None
+) -> Manifest:
+    """The manifest in `data`, verified. `publisher` (32 bytes) and `sha256` pin signer and content when known.
+
+    Raises IntegrityError for a wrong hash, signer or signature, UnsupportedError for a newer format.
+    """
+    if len(data) > MANIFEST_BYTES_MAX:
+        raise IntegrityError("manifest is too large", field="bytes", value=len(data))
+    if sha256 is not None and hashlib.sha256(data).digest() != sha256:
+        raise IntegrityError(
+            "manifest is not the one announced", field="sha256", value=hashlib.sha256(data).hexdigest()
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+        signer = bytes.fromhex(manifest.publisher)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise IntegrityError("manifest cannot be read", field=MANIFEST, value=str(error)) from error
+    if manifest.format != FORMAT:
+        raise UnsupportedError("bundle format is not known here", field="format", value=manifest.format)
+    if publisher is not None and signer != publisher:
+        raise IntegrityError(
+            "bundle was signed by somebody else", field="publisher", value=manifest.publisher
+        )
+    try:
+        Ed25519PublicKey.from_public_bytes(signer).verify(signature, _DOMAIN + data)
+    except (InvalidSignature, ValueError) as error:
+        raise IntegrityError("manifest signature is wrong", field=SIGNATURE, value=signature[:8].hex()) from error
+    _check_names(manifest)
+    return manifest
+
+
+def _check_names(manifest: Manifest) -> None:
+    for name, entry in manifest.files.items():
+        if "/" in name or name.startswith(".") or name in (MANIFEST, SIGNATURE):
+            raise IntegrityError("file name is not allowed in a bundle", field="files", value=name)
+        if not 0 <= entry.size <= BUNDLE_FILE_BYTES_MAX or len(entry.sha256) != 64:
+            raise IntegrityError("file entry is out of range", field=name, value=entry)
