@@ -134,7 +134,9 @@ class Open(Message, frozen=True):
     adapter: BlobRef
     codec: UpdateCodec
     steps: Annotated[tuple[int, ...], Meta(max_length=limits.BLOC_DEVICES_MAX)]  # planned work, roster order
-    roster: Annotated[tuple[Blob, ...], Meta(max_length=limits.BLOC_DEVICES_MAX)]  # READY envelopes, card order
+    roster: Annotated[
+        tuple[Blob, ...], Meta(max_length=limits.BLOC_DEVICES_MAX)
+    ]  # READY envelopes, card order
     window_seconds: Annotated[int, Meta(ge=1, le=limits.WINDOW_SECONDS_MAX)]
 
 
@@ -197,7 +199,9 @@ class HubState(Message, frozen=True):
     epoch: Count
 
 
-AnyMessage = Announcement | Ready | BlocCard | Open | Report | Decline | Receipt | Result | Presence | HubState
+AnyMessage = (
+    Announcement | Ready | BlocCard | Open | Report | Decline | Receipt | Result | Presence | HubState
+)
 M = TypeVar("M", bound=Message)
 
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -216,7 +220,9 @@ def decode(data: bytes, kind: type[M]) -> M:
     try:
         message = _decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ProtocolError("malformed", "message cannot be read", field=kind.__name__, value=str(error)) from error
+        raise ProtocolError(
+            "malformed", "message cannot be read", field=kind.__name__, value=str(error)
+        ) from error
     if not isinstance(message, kind):
         raise ProtocolError(
             "unexpected", f"expected {kind.__name__}", field="type", value=type(message).__name__
@@ -230,7 +236,9 @@ def decode_envelope(data: bytes) -> Envelope:
     try:
         return _envelope_decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ProtocolError("malformed", "envelope cannot be read", field="envelope", value=str(error)) from error
+        raise ProtocolError(
+            "malformed", "envelope cannot be read", field="envelope", value=str(error)
+        ) from error
 
 
 def _check_size(data: bytes) -> None:

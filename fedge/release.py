@@ -111,7 +111,9 @@ def open_manifest(
     try:
         Ed25519PublicKey.from_public_bytes(signer).verify(signature, _DOMAIN + data)
     except (InvalidSignature, ValueError) as error:
-        raise IntegrityError("manifest signature is wrong", field=SIGNATURE, value=signature[:8].hex()) from error
+        raise IntegrityError(
+            "manifest signature is wrong", field=SIGNATURE, value=signature[:8].hex()
+        ) from error
     _check_names(manifest)
     return manifest
 
