@@ -1,0 +1,167 @@
+"""What can happen to a hub (events), what it can ask for (effects), and the rows it keeps. Values only.
+
+Effects are carried out in order; all `Save` effects of one event are one database transaction, committed before any
+other effect of that event is released.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from fedge.lora import LoraConfig
+from fedge.messages import BlobRef, Training
+
+
+# ---------------------------------------------------------------- rows (what survives a kill)
+class CampaignRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One campaign: what the operator asked for and how far it is. `id` is the key."""
+
+    id: str
+    manifest: BlobRef
+    manifest_signature: bytes
+    publisher: bytes
+    url: str
+    lora: LoraConfig
+    training: Training
+    numbers: int  # length of the adapter vector
+    rounds: int  # each bloc is opened this often
+    steps: int  # planned local steps of a member in a round
+    bloc_devices: int
+    form_at_devices: int  # blocs are formed when this many are present
+    window_seconds: int
+    seed: int
+    adapter: BlobRef
+    adapter_version: int = 0
+    sequence: int = 0
+    spread: float = 0.0  # of the last opened sum, per number: tunes the next step
+    mean_norm: float = 0.0  # of the last opened sum's members: tunes the next clip
+    closed: bool = False
+
+
+class BlocRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One bloc of a campaign, fixed when formed. Key: (campaign, id)."""
+
+    campaign: str
+    id: str
+    members: tuple[str, ...]
+    card: bytes  # signed envelope
+    round: int = 0  # number of the last OPEN
+    opened: int = 0
+
+
+class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One round of one bloc. Key: transcript. `sum` is the running sum and the set of members in it: one value."""
+
+    transcript: bytes
+    campaign: str
+    bloc: str
+    round: int
+    envelope: bytes  # the signed OPEN
+    base_version: int  # adapter version the members train from
+    state: Literal["open", "opened", "sat-out"]
+    sum: bytes  # fedge.secagg BlocSum, serialised; empty once opened or sat out
+    opened_at: float  # when the OPEN was published, Unix seconds
+    result: bytes = b""  # the signed RESULT envelope
+
+
+class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What the hub knows of one device: its newest READY counter. Key: id."""
+
+    id: str
+    counter: int = -1
+    quarantined: str = ""
+
+
+class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the append-only ledger that people and reports read."""
+
+    at: float
+    kind: str  # ready, formed, open, report, opened, sat-out, adapter, refused, closed, …
+    campaign: str = ""
+    bloc: str = ""
+    device: str = ""
+    round: int = 0
+    detail: dict[str, float | int | str] = {}
+
+
+Row = CampaignRow | BlocRow | RoundRow | DeviceRow | LedgerEntry
+
+
+# ---------------------------------------------------------------- events
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The process is up and the rows are loaded; `epoch` is new for every start."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message arrived; the broker vouches (by its ACL) that `topic` belongs to the sender."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CampaignAsked:
+    """The operator starts a campaign."""
+
+    campaign: CampaignRow
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """A timer set by `SetTimer` ran out."""
+
+    name: str
+
+
+Event = Started | Received | CampaignAsked | TimerFired
+
+
+# ---------------------------------------------------------------- effects
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Insert or replace a row (append, for the ledger)."""
+
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
+class StoreBlob:
+    """Keep this content-addressed file (an adapter) durably, before the rows that name it."""
+
+    ref: BlobRef
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Send, quality of service 1."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Fire TimerFired(name) after `seconds`; replaces a running timer of that name."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """A line for the operator's log. `refusal` is the stable name when something was refused."""
+
+    text: str
+    refusal: str = ""
+
+
+Effect = Save | StoreBlob | Publish | SetTimer | Tell
