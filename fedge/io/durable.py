@@ -137,9 +137,9 @@ def sweep(folder: Path) -> list[Path]:
     return removed
 
 
-def storage_error(error: OSError, path: Path, *, bytes_needed: int = 0) -> StorageError:
+def storage_error(error: OSError, path: Path, *, bytes_needed: int = 0, verb: str = "write") -> StorageError:
     """`error` in the operator's words: the path, what the system said, bytes free and needed when it is full."""
-    what = f"cannot write {path}: {error.strerror or error}"
+    what = f"cannot {verb} {path}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         what += f" ({_free_text(path)} free" + (f", {bytes_needed:,} bytes needed)" if bytes_needed else ")")
     return StorageError(
