@@ -124,7 +124,7 @@ class Incoming:
         start, length = chunk_span(self.size, index)
         if len(body) != length:
             raise ProtocolError("bad-chunk", "chunk has the wrong length", field="bytes", value=len(body))
-        if index in self.have and self._buffer[start : start + length] != body:
+        if index in self.have and bytes(self._buffer[start : start + length]) != bytes(body):
             raise ProtocolError("bad-chunk", "chunk differs from its first copy", field="index", value=index)
         self._buffer[start : start + length] = body
         self.have.add(index)
