@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, NoReturn
 
 from fedge import __version__
-from fedge.errors import FedgeError, NoInputError, UnavailableError, UsageError
+from fedge.errors import FedgeError, NoInputError, StorageError, UnavailableError, UsageError
 
 GROUP: Final = "fedge.commands"
 BUG_CODE: Final = FedgeError.exit_code
@@ -241,8 +241,8 @@ def _from_os_error(error: OSError) -> FedgeError | None:
         return NoInputError(f"{os.fsdecode(error.filename)} does not exist", hint="Check the path")
     if error.errno in _DISK and error.filename:
         return storage_error(error, Path(os.fsdecode(error.filename)), verb="use")
-    if error.errno in _DISK:
-        return storage_error(error, Path.cwd(), verb="use")
+    if error.errno in _DISK:  # a stream, as standard output
+        return StorageError(f"cannot write: {reason}", hint="Free some room, or send the output elsewhere")
     if isinstance(error, (ConnectionError, TimeoutError)) or error.errno in _NETWORK:
         return UnavailableError(
             f"no connection: {reason}", hint="Check the address and the network, then try again"
