@@ -1,0 +1,193 @@
+"""A device bundle on disk: verified first, then mapped, then read tensor by tensor.
+
+The rule: the signature is checked before the manifest is believed, every file's SHA-256 before any of them is
+opened for use, and every tensor's place before the weights are mapped. Weights are clean pages of one file: the
+kernel may drop them at any time, and `let_go` drops those of a layer at once, so that a device holds in memory
+what it is computing with and not the whole model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedge.errors import IntegrityError, NoInputError, StorageError, UnsupportedError
+from fedge.limits import MANIFEST_BYTES_MAX
+from fedge.lora import AdapterLayout
+from fedge.release import (
+    MANIFEST,
+    SIGNATURE,
+    TOKENIZER,
+    WEIGHTS,
+    FileEntry,
+    Manifest,
+    TensorPlace,
+    open_manifest,
+)
+
+TRAINING_GRAPHS: Final = ("prologue", "block_fwd", "block_bwd", "norm_fwd", "norm_bwd", "rows", "ce")
+DTYPES: Final = frozenset({"uint8", "int8", "float16", "float32", "int32", "int64"})
+_ALIGNMENT: Final = 64
+# Stock operators that compute from their inputs alone: no files, no custom libraries, no nested model formats.
+OPERATORS: Final = frozenset(
+    "Abs Add And BitShift BitwiseAnd Cast Concat Constant ConstantOfShape Cos DequantizeLinear Div Equal Erf Exp "
+    "Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN "
+    "LayerNormalization Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow QuantizeLinear Range Reciprocal "
+    "ReduceMax ReduceMean ReduceSum Relu Reshape ScatterND Shape Sigmoid Sign Sin Slice Softmax Split Sqrt Squeeze "
+    "Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where "
+    "com.microsoft::DynamicQuantizeMatMul com.microsoft::FastGelu com.microsoft::GatherBlockQuantized "
+    "com.microsoft::Gelu com.microsoft::MatMulBnb4 com.microsoft::MatMulNBits com.microsoft::QuickGelu".split()  # noqa: SIM905
+)
+
+
+class VerifiedStamp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which files were hashed and found right, and how they looked then: inode, size, and both times in ns."""
+
+    manifest_sha256: bytes
+    looks: dict[str, tuple[int, int, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An open bundle. `stamp` lets the same files be opened again without hashing them."""
+
+    folder: Path
+    manifest: Manifest
+    stamp: VerifiedStamp
+    _weights: mmap.mmap
+
+    def graph(self, name: str) -> Path:
+        """Where the graph called `name` lies. Raises UnsupportedError when the bundle has none."""
+        file = f"{name}.onnx"
+        if file not in self.manifest.files:
+            raise UnsupportedError("bundle lacks a graph", field="files", value=file)
+        return self.folder / file
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where tokenizer.json lies. Raises UnsupportedError when the bundle has none."""
+        if TOKENIZER not in self.manifest.files:
+            raise UnsupportedError("bundle lacks a tokenizer", field="files", value=TOKENIZER)
+        return self.folder / TOKENIZER
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """The adapter that this bundle trains."""
+        return AdapterLayout.of(self.manifest.layers, self.manifest.lora_shapes, self.manifest.lora.r)
+
+    def tensor(self, name: str) -> NDArray[np.generic]:
+        """A read-only view of the mapped weight file. Raises UnsupportedError when there is no such tensor."""
+        place = self.manifest.tensors.get(name)
+        if place is None:
+            raise UnsupportedError("bundle lacks a tensor", field="tensors", value=name)
+        count = _numbers(place)
+        flat = np.frombuffer(self._weights, dtype=place.dtype, count=count, offset=place.offset)
+        return flat.reshape(place.shape)
+
+    def span(self, names: Iterable[str]) -> tuple[int, int]:
+        """The whole pages, as (start, bytes), inside the stretch of the file that these tensors take up."""
+        places = [self.manifest.tensors[name] for name in names]
+        start = -(-min(place.offset for place in places) // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = max(place.offset + _bytes(place) for place in places) // mmap.PAGESIZE * mmap.PAGESIZE
+        return start, max(0, end - start)
+
+    def let_go(self, span: tuple[int, int]) -> None:
+        """Drop these pages from our memory; they come back from the file when they are read again."""
+        if span[1]:
+            self._weights.madvise(mmap.MADV_DONTNEED, *span)
+
+
+def open_bundle(
+    folder: Path,
+    *,
+    publisher: bytes | None = None,
+    sha256: bytes | None = None,
+    verified: VerifiedStamp | None = None,
+) -> Bundle:
+    """Verify the bundle in `folder` and map its weights. `publisher` and `sha256` pin signer and manifest.
+
+    Every file is hashed, unless `verified` is the stamp of an earlier opening by the same caller, has this manifest,
+    and the files look exactly as then: inode, size, times of content and of inode. That spares a device the hashing
+    of 112 MB each round; it catches a replaced or rewritten file, not a disk that rots, so hash after every start.
+
+    Raises NoInputError, IntegrityError naming the file or tensor, UnsupportedError naming operator or type.
+    """
+    data = _read_small(folder / MANIFEST, MANIFEST_BYTES_MAX)
+    manifest = open_manifest(data, _read_small(folder / SIGNATURE, 64), publisher=publisher, sha256=sha256)
+    digest = hashlib.sha256(data).digest()
+    for operator in manifest.operators:
+        if operator not in OPERATORS:
+            raise UnsupportedError("operator is not allowed on a device", field="operators", value=operator)
+    looks = {name: _look(folder / name, entry) for name, entry in manifest.files.items()}
+    stamp = VerifiedStamp(digest, looks)
+    if verified != stamp:
+        for name, entry in manifest.files.items():
+            _check_hash(folder / name, entry)
+    _check_places(manifest)
+    with (folder / WEIGHTS).open("rb") as stream:
+        weights = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    return Bundle(folder, manifest, stamp, weights)
+
+
+def _read_small(path: Path, bytes_max: int) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(bytes_max + 1)
+    except FileNotFoundError as error:
+        raise NoInputError("bundle is not here or not whole", field="path", value=str(path)) from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}", field="path", value=str(path)) from error
+
+
+def _look(path: Path, entry: FileEntry) -> tuple[int, int, int, int]:
+    try:
+        stat = path.stat()
+    except FileNotFoundError as error:
+        raise NoInputError("bundle is not whole", field="path", value=str(path)) from error
+    if stat.st_size != entry.size:
+        raise IntegrityError("file of the bundle has another size", field=path.name, value=stat.st_size)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _check_hash(path: Path, entry: FileEntry) -> None:
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != entry.sha256:
+        raise IntegrityError(
+            "file of the bundle is not what the manifest says",
+            field=path.name,
+            value=found,
+            hint="Fetch the bundle again",
+        )
+
+
+def _check_places(manifest: Manifest) -> None:
+    if WEIGHTS not in manifest.files:
+        raise IntegrityError("bundle lacks its weight file", field="files", value=WEIGHTS)
+    size = manifest.files[WEIGHTS].size
+    for name, place in manifest.tensors.items():
+        if place.dtype not in DTYPES:
+            raise UnsupportedError(f"element type of {name} is not known", field="dtype", value=place.dtype)
+        if place.offset < 0 or place.offset % _ALIGNMENT or any(n < 1 for n in place.shape):
+            raise IntegrityError("tensor has an impossible place", field=name, value=place)
+        if place.offset + _bytes(place) > size:
+            raise IntegrityError("tensor lies outside the weight file", field=name, value=place)
+
+
+def _numbers(place: TensorPlace) -> int:
+    count = 1
+    for n in place.shape:  # whole numbers: a hostile shape must not wrap around
+        count *= n
+    return count
+
+
+def _bytes(place: TensorPlace) -> int:
+    return _numbers(place) * np.dtype(place.dtype).itemsize
