@@ -1,0 +1,100 @@
+"""Pairwise masks of a bloc: noise in every report, nothing in the sum of all of them.
+
+Devices i < j of a bloc share an edge key
+    e_ij = HKDF-SHA256(X25519(xk_i, XK_j), salt = h, info = "fedge edge v1" || cipher)
+(RFC 7748, RFC 5869). The device with the lower roster position adds the keystream of e_ij to its words, the other
+subtracts it (Bonawitz et al. 2017, section 4). The transcript hash h binds every key to one OPEN: a second OPEN with
+the same prekeys gives unrelated masks, which cancel against nothing. No edge key ever leaves its two devices, so
+there is nothing that a hub could ask for to open less than the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import msgspec
+import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedge.errors import ProtocolError
+from fedge.secagg.keystream import BUFFER_BYTES, PIECE_BYTES, Keystream, StreamCipher
+from fedge.secagg.ring import MetadataWords, Words
+
+_EDGE: Final = b"fedge edge v1"
+
+
+class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What masks need to know of a roster's entry: its X25519 prekey (32 bytes), whether it has AES instructions."""
+
+    prekey: bytes
+    aes: bool
+
+
+class Edge(msgspec.Struct, frozen=True):
+    """The stream shared with one other member, and the sign with which this device applies it."""
+
+    adds: bool
+    stream: Keystream
+
+
+def edge_cipher(one: Member, other: Member) -> StreamCipher:
+    """AES only where both ends have instructions for it; an edge is as slow as its slower end."""
+    return StreamCipher.AES_128_CTR if one.aes and other.aes else StreamCipher.CHACHA20
+
+
+def edge_key(h: bytes, secret: X25519PrivateKey, other: bytes, cipher: StreamCipher) -> bytes:
+    """e_ij for the 32-byte transcript hash `h`; ProtocolError if `other` is no usable public key."""
+    try:
+        shared = secret.exchange(X25519PublicKey.from_public_bytes(other))
+    except ValueError as error:  # wrong length, or a point of low order, which would give a known secret
+        raise ProtocolError(
+            "bad_prekey", "prekey cannot be used", field="prekey", value=other.hex()
+        ) from error
+    return HKDF(hashes.SHA256(), cipher.key_bytes, salt=h, info=_EDGE + cipher.value).derive(shared)
+
+
+def open_edges(h: bytes, position: int, roster: Sequence[Member], prekey_secret: bytes) -> list[Edge]:
+    """The edges of the device at `position`, to every other member. A stream serves one report and is then spent.
+
+    Raises ProtocolError when a prekey occurs twice (a clone would cancel masks inside a part of the bloc) or the
+    roster does not hold this device's own prekey at `position`.
+    """
+    if len(h) != 32:
+        raise ValueError(f"transcript hash has {len(h)} bytes, not 32")
+    secret = X25519PrivateKey.from_private_bytes(prekey_secret)
+    _check_roster(roster, position, secret.public_key().public_bytes_raw())
+    return list(_edges(h, position, roster, secret))
+
+
+def mask_in_place(words: Words, metadata: MetadataWords, edges: Sequence[Edge]) -> None:
+    """Apply every edge's stream to `words` and, where it goes on, to `metadata`. Needs one block of memory."""
+    buffer = bytearray(BUFFER_BYTES)
+    for target in (words, metadata):
+        numbers = PIECE_BYTES // target.itemsize
+        for start in range(0, target.size, numbers):
+            piece = target[start : start + numbers]
+            for edge in edges:  # inside: the piece stays in cache while all streams pass over it
+                edge.stream.fill(buffer, piece.nbytes)
+                noise = np.frombuffer(buffer, target.dtype, piece.size)
+                (np.add if edge.adds else np.subtract)(piece, noise, out=piece)
+
+
+def _check_roster(roster: Sequence[Member], position: int, own: bytes) -> None:
+    if len({member.prekey for member in roster}) != len(roster):
+        raise ProtocolError("cloned_member", "one prekey stands twice in the roster", field="roster")
+    if not 0 <= position < len(roster) or roster[position].prekey != own:
+        raise ProtocolError(
+            "not_my_place", "roster does not hold our prekey at our place", field="position", value=position
+        )
+
+
+def _edges(h: bytes, position: int, roster: Sequence[Member], secret: X25519PrivateKey) -> Iterator[Edge]:
+    own = roster[position]
+    for other_position, other in enumerate(roster):
+        if other_position != position:
+            cipher = edge_cipher(own, other)
+            key = edge_key(h, secret, other.prekey, cipher)
+            yield Edge(adds=other_position > position, stream=Keystream(cipher, key))
