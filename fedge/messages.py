@@ -162,7 +162,7 @@ class Decline(Message, frozen=True):
 
 
 class Receipt(Message, frozen=True):
-    """hub -> device: which chunks are here. `accepted` follows the hub's durable commit, nothing else does."""
+    """hub -> device, signed: which chunks are here. `accepted` follows the hub's durable commit, nothing else does."""
 
     transcript: Hash
     digest: Hash

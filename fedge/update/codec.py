@@ -25,35 +25,14 @@ from fedge.secagg.keystream import Keystream, StreamCipher
 from fedge.secagg.ring import Words, require_bits, zero_words
 from fedge.update import rotation
 from fedge.update.rotation import Vector
+from fedge.update.spec import UpdateCodec, require_clip
 
 SPREADS: Final = 5.0  # a Gaussian passes 5 spreads once in 1.7 million; words that do wrap are detected
 SLACK: Final = 1.15  # how much larger the next sum may be than the last
 CLIP_SLACK: Final = 1.25  # over the mean norm; touched no device on real people's messages
 FIRST_BITS: Final = 16  # while no sum is known
 ENTROPY_BYTES: Final = 32
-_CLIP_MIN, _CLIP_MAX = 1e-9, 1e6  # squares stay far from both ends of float32
-_WORD_MAX: Final = 2**30  # |clip / step|: rounded numbers are exact in int32
 _PIECE: Final = 65_536  # numbers rounded at a time: cache-sized, and a multiple of STRATA
-
-
-class UpdateCodec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Public, the same for a whole bloc, part of OPEN. ConfigError if no update could be encoded with it.
-
-    `bits` of a word; `step` between two words and `clip` (the L2 bound of one device's update), both in the unit of
-    the adapter's numbers; `seed` of the rotation, 16 public bytes.
-    """
-
-    bits: int
-    step: float
-    clip: float
-    seed: bytes
-
-    def __post_init__(self) -> None:
-        require_bits(self.bits)
-        _require("clip", self.clip, _CLIP_MIN, _CLIP_MAX)
-        _require("step", self.step, self.clip / _WORD_MAX, _CLIP_MAX)
-        if len(self.seed) != rotation.SEED_BYTES:
-            raise ConfigError("rotation seed must have 16 bytes", field="seed", value=self.seed.hex())
 
 
 class Encoded(msgspec.Struct, frozen=True):
@@ -69,7 +48,7 @@ def first_codec(steps: int, lr: float, numbers: int, devices: int, seed: bytes) 
     Adam moves a number by at most about `lr` a step (Kingma & Ba 2015, section 2.1), hence the clip bound.
     """
     clip = steps * lr * math.sqrt(numbers)
-    _require("clip", clip, _CLIP_MIN, _CLIP_MAX)
+    require_clip(clip)
     return _tuned(aligned_spread(clip, numbers, devices), clip, devices, seed, FIRST_BITS)
 
 
@@ -189,10 +168,3 @@ def _round(rotated: Vector, step: float, stream: Keystream) -> npt.NDArray[np.in
 
 def _norm(vector: Vector) -> float:
     return math.sqrt(float(np.einsum("i,i->", vector, vector, dtype=np.float64)))
-
-
-def _require(field: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:  # also refuses NaN
-        raise ConfigError(
-            f"{field} must be a number from {least:.3g} to {most:.3g}", field=field, value=value
-        )

@@ -12,7 +12,7 @@ from fedge.secagg.bloc import seal
 from fedge.secagg.masks import Member
 from fedge.secagg.ring import BodyLayout, MetadataWords, Words
 from fedge.update import codec as coding
-from fedge.update.codec import UpdateCodec
+from fedge.update.spec import UpdateCodec
 from fedge.update.metadata import METADATA_WORDS, Metadata, pack, unpack
 from fedge.update.rotation import Vector, padded_length
 

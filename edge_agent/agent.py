@@ -1,0 +1,277 @@
+"""The device's state machine: events in, effects out. Decides everything, does nothing.
+
+An agent follows one campaign. It fetches the bundle, says READY with a fresh prekey, and waits for an OPEN of its own
+bloc. It then trains, records that the masks of this transcript are consumed, seals its masked report, sends it until
+the hub accepts, and waits for the RESULT. A bloc that sat out leaves a carry for the next round.
+
+    IDLE -> FETCHING -> OFFERED -> LOADING -> TRAINING -> SEALING -> SENDING -> AWAITING -> OFFERED ... -> CLOSED
+
+The order is the safety argument (protocol.md): `consumed` is durable before any mask is made and the finished report
+before its first chunk leaves, so no transcript is ever masked twice and every resend has the same bytes. Whatever the
+hub says is checked here against the pinned bloc, every signature and the owner's policy; the checks are in
+`edge_agent.checks`. After a cut the phase follows from the saved state alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from edge_agent import checks, effects
+from edge_agent.effects import Effect, Event
+from edge_agent.round import FETCH_SECONDS, Phase, RoundWorker
+from fedge import topics
+from fedge.errors import FedgeError, ProtocolError
+from fedge.identity import Opened
+from fedge.messages import (
+    Announcement,
+    BlocCard,
+    HubState,
+    Open,
+    Ready,
+    Receipt,
+    Result,
+    decode,
+    decode_envelope,
+)
+
+READY_SECONDS: Final = 60.0  # an unanswered READY is said again; the hub may have lost it
+STAY_SECONDS: Final = 86_400  # a device that says READY expects to stay for a day unless its owner says less
+
+
+class Agent(RoundWorker):
+    """One device in one campaign. `entropy(n)` gives n random bytes; `state` is what was saved last."""
+
+    # ------------------------------------------------------------ entry
+    def handle(self, now: float, event: Event) -> list[Effect]:
+        """The effects of `event` at Unix time `now`, in the order in which they must be carried out."""
+        try:
+            key, argument = self._read(now, event)
+            handler = TRANSITIONS[self.phase].get(key) or ALWAYS.get(key)
+            if handler is None:
+                return self._refuse(key)
+            return list(handler(self, now, argument))
+        except ProtocolError as error:
+            return [effects.Tell(str(error), error.name)]
+        except FedgeError as error:
+            return [effects.Tell(str(error), type(error).__name__)]
+
+    def _refuse(self, key: type) -> list[Effect]:
+        name = REFUSALS[key]
+        return [effects.Tell(f"{key.__name__} ignored while {self.phase.value}", name)] if name else []
+
+    def _read(self, now: float, event: Event) -> tuple[type, object]:
+        """The table's key for an event, and what the handler gets: a verified message, or the event itself."""
+        if not isinstance(event, effects.Received):
+            return type(event), event
+        if event.topic == topics.HUB_STATE:
+            return HubState, decode(event.payload, HubState)
+        if event.topic == topics.receipts(self.device):
+            return Receipt, self.verifier.open(event.payload, Receipt, role="hub", now=now).message
+        if event.topic == topics.commands(self.device):
+            return self._read_command(now, event.payload)
+        return Announcement, (
+            self.verifier.open(event.payload, Announcement, role="hub", now=now),
+            event.payload,
+        )
+
+    def _read_command(self, now: float, payload: bytes) -> tuple[type, object]:
+        kind = checks.command_kind(decode_envelope(payload).body)
+        opened = self.verifier.open(payload, kind, role="hub", now=now)
+        hub = self.announcement.hub if self.state.announcement else opened.subject
+        if opened.subject != hub:
+            raise ProtocolError(
+                "wrong-hub", "another hub than the campaign's", field="hub", value=opened.subject
+            )
+        return kind, (opened, payload)
+
+    # ------------------------------------------------------------ start and link
+    def _started(self, now: float, event: effects.Started) -> Iterator[Effect]:
+        yield self._save(boot=self.state.boot + 1)
+        yield from self._resume(now)
+
+    def _resume(self, now: float) -> Iterator[Effect]:
+        """Continues from what is durable: the only way into a phase after a start or a finished round."""
+        state = self.state
+        if not state.announcement:
+            self.phase = Phase.IDLE
+        elif state.opened:
+            yield from self._resume_round(now)
+        elif self.announcement.closed:
+            self.phase = Phase.CLOSED
+        elif state.bundle != self.announcement.manifest.sha256:
+            self.phase = Phase.FETCHING
+            yield effects.FetchBundle(self.announcement)
+        else:
+            yield from self._offer(now)
+
+    def _resume_round(self, now: float) -> Iterator[Effect]:
+        if self.state.accepted:
+            self.phase = Phase.AWAITING
+            yield from self._offer_report()
+        elif self.state.report:
+            self._begin_sending()
+            yield from self._offer_report()
+        elif self.state.consumed == self.transcript:
+            # Masks may have been made and the report was not finished: never build it a second time.
+            yield from self._sit_out("interrupted-while-sealing")
+        else:
+            yield from self._load()
+
+    def _connected(self, now: float, event: effects.Connected) -> Iterator[Effect]:
+        if self.phase is Phase.OFFERED:
+            yield self._say_ready()
+        elif self.phase in (Phase.SENDING, Phase.AWAITING):
+            yield from self._offer_report()
+
+    def _disconnected(self, now: float, event: effects.Disconnected) -> Iterator[Effect]:
+        if self.outgoing is not None:
+            self.outgoing.time_out()
+        yield from ()
+
+    def _hub_state(self, now: float, message: HubState) -> Iterator[Effect]:
+        new, self.epoch = message.up and message.epoch != self.epoch, message.epoch
+        if new:
+            yield from self._connected(now, effects.Connected())
+
+    # ------------------------------------------------------------ campaign
+    def _announced(self, now: float, argument: tuple[Opened[Announcement], bytes]) -> Iterator[Effect]:
+        opened, envelope = argument
+        if opened.message.sequence <= self.state.sequence:
+            return
+        current = self.announcement if self.state.announcement else None
+        checks.announcement(opened, current, self.policy)
+        switching = current is None or current.campaign != opened.message.campaign
+        if switching:
+            yield self._save(announcement=envelope, sequence=opened.message.sequence, card=b"", last_round=0)
+        else:
+            yield self._save(announcement=envelope, sequence=opened.message.sequence)
+        if not self.state.opened and (switching or opened.message.closed):
+            yield from self._resume(now)
+
+    def _bundle_here(self, now: float, event: effects.Fetched) -> Iterator[Effect]:
+        if event.sha256 == self.announcement.manifest.sha256:
+            yield self._save(bundle=event.sha256)
+            yield from self._resume(now)
+
+    def _bundle_failed(self, now: float, event: effects.FetchFailed) -> Iterator[Effect]:
+        yield effects.Tell(f"bundle not here yet: {event.reason}")
+        if not event.final:
+            yield effects.SetTimer("fetch", FETCH_SECONDS)
+
+    def _fetch_again(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
+        yield effects.FetchBundle(self.announcement)
+
+    def _pin_card(self, now: float, argument: tuple[Opened[BlocCard], bytes]) -> Iterator[Effect]:
+        opened, envelope = argument
+        if self.state.card and decode_envelope(self.state.card).body == opened.body:
+            return
+        checks.card(
+            opened.message, self.device, self.announcement.campaign, bool(self.state.card), self.policy
+        )
+        yield self._save(card=envelope)
+
+    # ------------------------------------------------------------ ready and open
+    def _offer(self, now: float) -> Iterator[Effect]:
+        self.phase = Phase.OFFERED
+        if not self.state.ready:
+            secret = self.entropy(32)
+            public = X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
+            facts = msgspec.structs.replace(self.facts, seconds_per_step=self.state.seconds_per_step)
+            ready = Ready(
+                campaign=self.announcement.campaign,
+                device=self.device,
+                counter=self.state.counter + 1,
+                prekey=public,
+                stay_seconds=STAY_SECONDS,
+                facts=facts,
+            )
+            yield self._save(counter=ready.counter, prekey=secret, ready=self.signer.seal(ready))
+        yield self._say_ready()
+        yield effects.SetTimer("ready", READY_SECONDS)
+
+    def _say_ready(self) -> effects.Publish:
+        return effects.Publish(topics.control(self.device), self.state.ready)
+
+    def _ready_again(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
+        if event.name == "ready":
+            yield self._say_ready()
+            yield effects.SetTimer("ready", READY_SECONDS)
+
+    def _open(self, now: float, argument: tuple[Opened[Open], bytes]) -> Iterator[Effect]:
+        opened, envelope = argument
+        checks.round_opening(opened.message, self.device, self.state, self.announcement, self.policy)
+        checks.roster(opened.message, self.state, self.verifier, now)
+        yield self._save(
+            opened=envelope, last_round=opened.message.round, consumed=b"", report=b"", accepted=False
+        )
+        yield effects.CancelTimer("ready")
+        yield from self._load()
+
+    def _open_again(self, now: float, argument: tuple[Opened[Open], bytes]) -> Iterator[Effect]:
+        """The OPEN of the running round, repeated, is answered by repeating ours; any other is refused."""
+        if argument[0].digest != self.transcript:
+            raise ProtocolError(
+                "second-open", "a round is already open", field="round", value=argument[0].message.round
+            )
+        if self.phase in (Phase.SENDING, Phase.AWAITING):
+            yield from self._offer_report()
+
+
+# ---------------------------------------------------------------- the machine as one table
+Handler = Callable[..., Iterator[Effect]]
+
+# In every phase; a phase's own row comes first.
+ALWAYS: Final[dict[type, Handler]] = {
+    effects.Started: Agent._started,
+    effects.Connected: Agent._connected,
+    effects.Disconnected: Agent._disconnected,
+    HubState: Agent._hub_state,
+    Announcement: Agent._announced,
+}
+_ROUND: Final[dict[type, Handler]] = {
+    BlocCard: Agent._pin_card,
+    Open: Agent._open_again,
+    Result: Agent._result,
+}
+TRANSITIONS: Final[dict[Phase, dict[type, Handler]]] = {
+    Phase.IDLE: {},
+    Phase.FETCHING: {
+        effects.Fetched: Agent._bundle_here,
+        effects.FetchFailed: Agent._bundle_failed,
+        effects.TimerFired: Agent._fetch_again,
+        BlocCard: Agent._pin_card,
+    },
+    Phase.OFFERED: {
+        effects.TimerFired: Agent._ready_again,
+        BlocCard: Agent._pin_card,
+        Open: Agent._open,
+    },
+    Phase.LOADING: {
+        **_ROUND,
+        effects.Fetched: Agent._train,
+        effects.FetchFailed: Agent._load_failed,
+        effects.TimerFired: Agent._load_again,
+    },
+    Phase.TRAINING: {**_ROUND, effects.Trained: Agent._consume, effects.WorkFailed: Agent._failed},
+    Phase.SEALING: {**_ROUND, effects.Sealed: Agent._sealed, effects.WorkFailed: Agent._failed},
+    Phase.SENDING: {**_ROUND, effects.TimerFired: Agent._receipt_late, Receipt: Agent._receipt},
+    Phase.AWAITING: {**_ROUND, effects.TimerFired: Agent._result_late},
+    Phase.CLOSED: {},
+}
+# What anything else is called when it comes at the wrong time; an empty name is not worth a line.
+REFUSALS: Final[dict[type, str]] = {
+    effects.Fetched: "",
+    effects.FetchFailed: "",
+    effects.TimerFired: "",
+    effects.Trained: "stale-work",
+    effects.Sealed: "stale-work",
+    effects.WorkFailed: "stale-work",
+    BlocCard: "no-campaign",
+    Open: "no-ready",
+    Receipt: "",
+    Result: "",
+}

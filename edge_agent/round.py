@@ -1,0 +1,275 @@
+"""One round on the device: load, train, consume, seal, send, await.
+
+The order is the safety argument (protocol.md): `consumed` is durable before any mask is made and the finished report
+before its first chunk leaves, so no transcript is ever masked twice and every resend has the same bytes. A round that
+cannot be finished is declined, and its work carried into the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Final
+
+import msgspec
+
+from edge_agent import checks, effects
+from edge_agent.effects import AgentState, Effect
+from edge_agent.policy import Policy
+from fedge import topics
+from fedge.frames import Outgoing
+from fedge.identity import Opened, Signer, Verifier
+from fedge.messages import (
+    Announcement,
+    BlocCard,
+    Decline,
+    Facts,
+    Open,
+    Receipt,
+    Report,
+    Result,
+    decode,
+    decode_envelope,
+)
+
+RECEIPT_SECONDS: Final = 6.0  # about three round trips of a poor link; then what is missing goes again
+RESULT_SECONDS: Final = 30.0  # asks again for the outcome of an accepted report
+FETCH_SECONDS: Final = 30.0
+SILENCES_TOLD: Final = 5  # after so many unanswered offers the owner hears what is probably wrong
+
+
+class Phase(Enum):
+    """Where an agent is in its campaign."""
+
+    IDLE = "idle"
+    FETCHING = "fetching"
+    OFFERED = "offered"
+    LOADING = "loading"
+    TRAINING = "training"
+    SEALING = "sealing"
+    SENDING = "sending"
+    AWAITING = "awaiting"
+    CLOSED = "closed"
+
+
+class RoundWorker(ABC):
+    """What an agent knows, and all that it does between an OPEN and its RESULT."""
+
+    def __init__(
+        self,
+        device: str,
+        signer: Signer,
+        verifier: Verifier,
+        policy: Policy,
+        facts: Facts,
+        state: AgentState,
+        entropy: Callable[[int], bytes],
+    ) -> None:
+        self.device, self.signer, self.verifier = device, signer, verifier
+        self.policy, self.facts, self.state, self.entropy = policy, facts, state, entropy
+        self.phase = Phase.IDLE
+        self.epoch = -1
+        self.silences = 0
+        self.outgoing: Outgoing | None = None
+        self.trained: effects.Trained | None = None
+
+    @abstractmethod
+    def _resume(self, now: float) -> Iterator[Effect]:
+        """Continues from what is durable."""
+
+    # ------------------------------------------------------------ what the state says
+    @property
+    def announcement(self) -> Announcement:
+        """The campaign as last announced."""
+        return decode(decode_envelope(self.state.announcement).body, Announcement)
+
+    @property
+    def open_message(self) -> Open:
+        """The OPEN of the running round."""
+        return decode(decode_envelope(self.state.opened).body, Open)
+
+    @property
+    def transcript(self) -> bytes:
+        """The running round's transcript hash, or empty."""
+        return hashlib.sha256(decode_envelope(self.state.opened).body).digest() if self.state.opened else b""
+
+    def _save(self, **changes: object) -> effects.Save:
+        self.state = msgspec.structs.replace(self.state, **changes)
+        return effects.Save(self.state)
+
+    # ------------------------------------------------------------ training and sealing
+    def _load(self) -> Iterator[Effect]:
+        self.phase = Phase.LOADING
+        yield effects.FetchBlob(self.announcement.url, self.open_message.adapter)
+
+    def _train(self, now: float, event: effects.Fetched) -> Iterator[Effect]:
+        opening, campaign = self.open_message, self.announcement
+        if event.sha256 != opening.adapter.sha256:
+            return
+        self.phase = Phase.TRAINING
+        yield effects.Train(
+            transcript=self.transcript,
+            manifest=opening.manifest,
+            publisher=campaign.publisher,
+            adapter=opening.adapter.sha256,
+            training=campaign.training,
+            steps=opening.steps[self._position(opening)],
+            data_seed=self._data_seed(campaign, opening),
+        )
+
+    def _data_seed(self, campaign: Announcement, opening: Open) -> int:
+        """Other batches for every device and round, the same ones when a round is trained again."""
+        text = f"{campaign.training.data_seed}/{self.device}/{opening.round}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
+
+    def _position(self, opening: Open) -> int:
+        members = decode(decode_envelope(self.state.card).body, BlocCard).members
+        return members.index(self.device)
+
+    def _consume(self, now: float, event: effects.Trained) -> Iterator[Effect]:
+        if event.transcript != self.transcript:
+            return
+        opening = self.open_message
+        self.phase, self.trained = Phase.SEALING, event
+        pace = float(f"{event.seconds / max(event.steps, 1):.2g}")
+        yield self._save(consumed=event.transcript, seconds_per_step=pace)
+        yield effects.Seal(
+            transcript=event.transcript,
+            codec=opening.codec,
+            position=self._position(opening),
+            roster=checks.mask_roster(opening),
+            prekey=self.state.prekey,
+            entropy=self.entropy(32),
+            loss_sum=event.loss_sum,
+            labels=event.labels,
+            samples=event.samples,
+            steps=event.steps,
+        )
+
+    def _sealed(self, now: float, event: effects.Sealed) -> Iterator[Effect]:
+        if event.transcript != self.transcript:
+            return
+        yield self._save(report=event.digest, report_size=event.size, prekey=b"")
+        self._begin_sending()
+        yield from self._offer_report()
+
+    def _failed(self, now: float, event: effects.WorkFailed) -> Iterator[Effect]:
+        if event.transcript == self.transcript:
+            yield effects.Tell(f"no report for this round: {event.reason}")
+            yield from self._sit_out("work-failed")
+
+    def _load_failed(self, now: float, event: effects.FetchFailed) -> Iterator[Effect]:
+        yield effects.Tell(f"adapter not here yet: {event.reason}")
+        if event.final:
+            yield from self._sit_out("adapter-unavailable")
+        else:
+            yield effects.SetTimer("fetch", FETCH_SECONDS)
+
+    def _load_again(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
+        yield effects.FetchBlob(self.announcement.url, self.open_message.adapter)
+
+    def _sit_out(self, reason: str) -> Iterator[Effect]:
+        """Declines the running round: what was to be sent is carried, and the RESULT ends the round."""
+        decline = Decline(
+            campaign=self.announcement.campaign,
+            bloc=self.open_message.bloc,
+            device=self.device,
+            transcript=self.transcript,
+            reason=reason,
+        )
+        yield self._save(consumed=self.transcript, prekey=b"")
+        self.phase = Phase.AWAITING
+        yield effects.Publish(topics.control(self.device), self.signer.seal(decline))
+        yield effects.SetTimer("result", RESULT_SECONDS)
+
+    # ------------------------------------------------------------ sending
+    def _begin_sending(self) -> None:
+        self.phase, self.silences = Phase.SENDING, 0
+        self.outgoing = Outgoing(self.state.report_size)
+
+    def _offer_report(self) -> Iterator[Effect]:
+        if not self.state.report:
+            yield from self._sit_out("no-report")
+            return
+        opening = self.open_message
+        report = Report(
+            campaign=opening.campaign,
+            bloc=opening.bloc,
+            device=self.device,
+            transcript=self.transcript,
+            digest=self.state.report,
+            size=self.state.report_size,
+        )
+        yield effects.Publish(topics.control(self.device), self.signer.seal(report))
+        waiting = self.phase is Phase.AWAITING
+        yield effects.SetTimer(
+            "result" if waiting else "receipt", RESULT_SECONDS if waiting else RECEIPT_SECONDS
+        )
+
+    def _receipt(self, now: float, message: Receipt) -> Iterator[Effect]:
+        if (
+            message.transcript != self.transcript
+            or message.digest != self.state.report
+            or self.outgoing is None
+        ):
+            return
+        self.silences = 0
+        if message.refused:
+            yield effects.Tell(f"the hub refused the report: {message.refused}", message.refused)
+        if message.accepted or message.refused:
+            self.phase, self.outgoing = Phase.AWAITING, None
+            yield self._save(accepted=message.accepted)
+            yield effects.CancelTimer("receipt")
+            yield effects.SetTimer("result", RESULT_SECONDS)
+            return
+        self.outgoing.acknowledge(message.have)
+        yield from self._send_chunks()
+
+    def _send_chunks(self) -> Iterator[Effect]:
+        assert self.outgoing is not None
+        for index in self.outgoing.take():
+            yield effects.SendChunk(topics.chunks(self.device), self.transcript, self.state.report, index)
+        yield effects.SetTimer("receipt", RECEIPT_SECONDS)
+
+    def _receipt_late(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
+        if event.name != "receipt" or self.outgoing is None:
+            return
+        self.silences += 1
+        self.outgoing.time_out()
+        if self.silences == SILENCES_TOLD:
+            yield effects.Tell(
+                f"the hub never answers what this device publishes on {topics.control(self.device)}: "
+                "check the link, the hub, and the broker's access list",
+                "hub-silent",
+            )
+        yield from self._offer_report()
+
+    def _result_late(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
+        if event.name == "result":
+            yield from self._offer_report()
+
+    # ------------------------------------------------------------ the end of a round
+    def _result(self, now: float, argument: tuple[Opened[Result], bytes]) -> Iterator[Effect]:
+        result = argument[0].message
+        if result.transcript != self.transcript:
+            return
+        transcript = self.transcript
+        if self.phase in (Phase.TRAINING, Phase.SEALING):
+            yield effects.StopWork(transcript)
+        for timer in ("receipt", "result", "fetch"):
+            yield effects.CancelTimer(timer)
+        yield effects.DropCarry(transcript) if result.opened else effects.KeepCarry(transcript)
+        self.outgoing = None
+        yield self._save(
+            opened=b"",
+            consumed=b"",
+            report=b"",
+            report_size=0,
+            accepted=False,
+            ready=b"",
+            prekey=b"",
+            rounds_opened=self.state.rounds_opened + int(result.opened),
+        )
+        yield from self._resume(now)
