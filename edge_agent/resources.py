@@ -1,0 +1,120 @@
+"""What this board can do now, asked of the kernel. The rule: what *we* may use, never what the machine has.
+
+Nothing here is precise on purpose where it leaves the device: memory goes out in steps of 256 MB, the number of samples
+as a power of two.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from edge_agent.records import read_records
+from fedge import limits
+from fedge.messages import Facts
+
+MEMORY_STEP_MB: Final = 256
+_KB_IN_MB: Final = 1_024
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Memory of one process in kilobytes: resident now, its peak, and the part that no file backs."""
+
+    resident_kb: int = 0
+    peak_kb: int = 0
+    anonymous_kb: int = 0
+
+
+def measure(data: Path | None) -> Facts:
+    """The public facts about this device with this data file. Raises DataError or NoInputError for the file."""
+    return Facts(
+        board=board_name(),
+        memory_mb_step=free_memory_mb() // MEMORY_STEP_MB * MEMORY_STEP_MB,
+        samples_bucket=samples_bucket(data) if data else 0,
+        aes=has_aes(),
+    )
+
+
+def samples_bucket(data: Path) -> int:
+    """Bit length of the number of records: 1 for one, 2 for two or three, 3 up to seven; 0 for none."""
+    return sum(1 for _ in read_records(data)).bit_length()
+
+
+def board_name() -> str:
+    """The board's own name, or the processor's."""
+    try:
+        name = Path("/proc/device-tree/model").read_text("utf-8", "replace").strip("\0 \n")
+    except OSError:
+        name = ""
+    return (name or platform.machine().replace("_", "-"))[: limits.NAME_CHARS_MAX]
+
+
+def has_aes() -> bool:
+    """Whether the processor has AES instructions (`flags` on x86, `Features` on ARM)."""
+    for line in _lines(Path("/proc/cpuinfo")):
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return "aes" in value.split()
+    return False
+
+
+def free_memory_mb() -> int:
+    """Memory that may still be had: what the machine has available, or what our control group has left."""
+    free = _kb_of(Path("/proc/meminfo"), "MemAvailable") // _KB_IN_MB
+    for group in _groups():
+        limit, used = _number(group / "memory.max"), _number(group / "memory.current")
+        if limit is not None and used is not None:
+            free = min(free, max(limit - used, 0) >> 20)
+    return free
+
+
+def threads_allowed(threads_max: int = 0) -> int:
+    """Threads that are worth starting: allowed cores, control-group quota, owner's bound; at least one."""
+    threads = len(os.sched_getaffinity(0))
+    for group in _groups():
+        words = next(_lines(group / "cpu.max"), "").split()
+        if len(words) == 2 and words[0].isdecimal():
+            threads = min(threads, math.ceil(int(words[0]) / int(words[1])))
+    return max(1, min(threads, threads_max or threads))
+
+
+def memory_of(pid: int) -> Memory:
+    """Memory of a process; all zero when it is gone."""
+    status = Path(f"/proc/{pid}/status")
+    return Memory(_kb_of(status, "VmRSS"), _kb_of(status, "VmHWM"), _kb_of(status, "RssAnon"))
+
+
+def _groups() -> Iterator[Path]:
+    """Our control group and those above it (version 2)."""
+    line = next((line for line in _lines(Path("/proc/self/cgroup")) if line.startswith("0::")), "")
+    group = _CGROUPS / line.removeprefix("0::").strip().lstrip("/")
+    while group.is_relative_to(_CGROUPS):
+        yield group
+        group = group.parent
+
+
+def _number(path: Path) -> int | None:
+    text = next(_lines(path), "").strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _kb_of(path: Path, name: str) -> int:
+    for line in _lines(path):
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    return 0
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            yield from stream
+    except OSError:
+        return
