@@ -12,9 +12,9 @@ from fedge.secagg.bloc import seal
 from fedge.secagg.masks import Member
 from fedge.secagg.ring import BodyLayout, MetadataWords, Words
 from fedge.update import codec as coding
-from fedge.update.spec import UpdateCodec
 from fedge.update.metadata import METADATA_WORDS, Metadata, pack, unpack
 from fedge.update.rotation import Vector, padded_length
+from fedge.update.spec import UpdateCodec
 
 
 @dataclass(frozen=True, slots=True)
