@@ -1,0 +1,300 @@
+"""A hub and its devices in one thread: the shipped machines, real cryptography, and a link that a test can disturb.
+
+Training is answered with a seeded random delta, sealing with the shipped codec and masks. Every Save is kept, so that
+a device or the hub can be killed at any point and started again from what was durable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from edge_agent import effects as device_effects
+from edge_agent.agent import Agent
+from edge_agent.effects import AgentState
+from edge_agent.policy import Policy
+from fedge import topics
+from fedge.authority import Authority, new_authority
+from fedge.frames import ChunkHeader, chunk_span, encode_frame
+from fedge.identity import Signer, Verifier
+from fedge.lora import LoraConfig
+from fedge.messages import BlobRef, Facts, Training
+from fedge.secagg.masks import Member
+from fedge.update.report import build_report
+from hub import effects as hub_effects
+from hub.effects import CampaignRow, LedgerEntry
+from hub.hub import Hub
+
+NUMBERS = 2048
+NOW = 1_800_000_000.0
+
+
+def entropy_from(seed: int) -> Callable[[int], bytes]:
+    """Seeded bytes, so that one seed replays one run."""
+    return random.Random(seed).randbytes
+
+
+def authority(seed: int = 0) -> Authority:
+    return new_authority("test", entropy_from(seed)(96), now=NOW)
+
+
+def signer(root: Authority, subject: str, role: str, seed: int) -> Signer:
+    key = Ed25519PrivateKey.from_private_bytes(entropy_from(seed)(32))
+    certificate = root.certify(
+        subject, role, key.public_key().public_bytes_raw(), serial=1000 + seed, now=NOW, days=3650
+    )
+    return Signer(key, certificate)
+
+
+def campaign(devices: int, *, rounds: int = 2, bloc: int = 8, name: str = "c1") -> CampaignRow:
+    adapter = bytes(4 * NUMBERS)
+    return CampaignRow(
+        id=name,
+        manifest=BlobRef(hashlib.sha256(b"manifest").digest(), 8),
+        manifest_signature=bytes(64),
+        publisher=bytes(32),
+        url="https://localhost:1",
+        lora=LoraConfig(),
+        training=Training(),
+        numbers=NUMBERS,
+        rounds=rounds,
+        steps=5,
+        bloc_devices=bloc,
+        form_at_devices=devices,
+        window_seconds=3600,
+        seed=0,
+        adapter=BlobRef(hashlib.sha256(adapter).digest(), len(adapter)),
+    )
+
+
+@dataclass
+class Device:
+    """One agent, what it made durable, and the files its effects left."""
+
+    name: str
+    signer: Signer
+    verifier: Verifier
+    policy: Policy
+    seed: int
+    saved: AgentState = field(default_factory=AgentState)
+    deltas: dict[bytes, np.ndarray] = field(default_factory=dict)
+    sent: dict[bytes, np.ndarray] = field(default_factory=dict)
+    reports: dict[bytes, bytes] = field(default_factory=dict)
+    carry: np.ndarray | None = None
+    timers: dict[str, float] = field(default_factory=dict)
+    told: list[device_effects.Tell] = field(default_factory=list)
+    seals: list[bytes] = field(default_factory=list)
+    scale: float = 0.01
+    facts: Facts = field(default_factory=lambda: Facts(samples_bucket=9))
+
+    def start(self) -> None:
+        self.entropy = entropy_from(self.seed * 1_000 + self.saved.boot)
+        self.agent = Agent(
+            self.name, self.signer, self.verifier, self.policy, self.facts, self.saved, self.entropy
+        )
+
+    @property
+    def refusals(self) -> list[str]:
+        return [tell.refusal for tell in self.told if tell.refusal]
+
+
+class Fleet:
+    """Devices, a hub and the messages between them. `run` delivers until nothing is left."""
+
+    def __init__(self, devices: int = 8, *, seed: int = 0, policy: Policy | None = None, root: int = 0) -> None:
+        self.now, self.shuffle = NOW, random.Random(seed)
+        self.root = authority(root)
+        verifier = Verifier("test", self.root.root_public)
+        self.devices = {
+            name: Device(name, signer(self.root, name, "device", i + 10), verifier, policy or Policy(), i + 1)
+            for i, name in enumerate(f"d{i:02d}" for i in range(devices))
+        }
+        self.rows: dict[object, hub_effects.Row] = {}
+        self.ledger: list[LedgerEntry] = []
+        self.blobs = {campaign(1).adapter.sha256: bytes(4 * NUMBERS)}
+        self.retained: dict[str, bytes] = {}
+        self.queue: deque[tuple[str, str, bytes]] = deque()  # (to, topic, payload)
+        self.hub_told: list[hub_effects.Tell] = []
+        self.filter: Callable[[str, str, bytes], list[bytes]] = lambda to, topic, payload: [payload]
+        self.hub_signer, self.hub_seed, self.epoch = signer(self.root, "hub", "hub", 1), 77, 0
+        self.before_effect: Callable[[str, object], None] = lambda who, effect: None
+        self.start_hub()
+        for device in self.devices.values():
+            device.start()
+
+    # ---------------------------------------------------------------- processes
+    def start_hub(self) -> None:
+        self.epoch += 1
+        self.hub = Hub(
+            "hub",
+            self.hub_signer,
+            Verifier("test", self.root.root_public),
+            list(self.rows.values()),
+            lambda ref: self.blobs[ref.sha256],
+            entropy_from(self.hub_seed + self.epoch),
+        )
+        self.hub_event(hub_effects.Started(self.epoch))
+
+    def boot(self, name: str) -> None:
+        """(Re)starts a device from what it saved, and connects it."""
+        device = self.devices[name]
+        device.start()
+        device.timers.clear()
+        self.device_event(name, device_effects.Started())
+        self.device_event(name, device_effects.Connected())
+        for topic, payload in self.retained.items():
+            self.queue.append((name, topic, payload))
+
+    def begin(self, row: CampaignRow) -> None:
+        self.hub_event(hub_effects.CampaignAsked(row))
+        for name in self.devices:
+            self.boot(name)
+
+    # ---------------------------------------------------------------- the link
+    def run(self, most: int = 100_000) -> None:
+        while self.queue and most:
+            most -= 1
+            if len(self.queue) > 1 and self.shuffle.random() < 0.3:
+                self._swap()
+            to, topic, payload = self.queue.popleft()
+            for copy in self.filter(to, topic, payload):
+                if to == "hub":
+                    self.hub_event(hub_effects.Received(topic, copy))
+                else:
+                    self.device_event(to, device_effects.Received(topic, copy))
+        assert most, "the machines talk for ever"
+
+    def _swap(self) -> None:
+        """Messages of different senders may overtake each other; those on one topic may not."""
+        other = self.shuffle.randrange(1, len(self.queue))
+        topic = self.queue[other][:2]
+        if all(entry[:2] != topic for entry in list(self.queue)[:other]):
+            entry = self.queue[other]
+            del self.queue[other]
+            self.queue.appendleft(entry)
+
+    def publish(self, sender: str, topic: str, payload: bytes, retain: bool) -> None:
+        if retain:
+            self.retained[topic] = payload
+        if sender != "hub":
+            self.queue.append(("hub", topic, payload))
+        elif name := topics.device_of(topic):
+            self.queue.append((name, topic, payload))
+        else:
+            self.queue.extend((name, topic, payload) for name in self.devices)
+
+    def fire_timers(self, *names: str) -> None:
+        """Lets time pass until every timer (of these names) has run out."""
+        self.now += 120
+        for device in self.devices.values():
+            for name in [name for name in device.timers if not names or name in names]:
+                del device.timers[name]
+                self.device_event(device.name, device_effects.TimerFired(name))
+        self.hub_event(hub_effects.TimerFired("tick"))
+
+    # ---------------------------------------------------------------- effects
+    def hub_event(self, event: hub_effects.Event) -> None:
+        done = self.hub.handle(self.now, event)
+        for effect in done:
+            self.before_effect("hub", effect)
+            if isinstance(effect, hub_effects.StoreBlob):
+                self.blobs[effect.ref.sha256] = effect.data
+        for effect in done:
+            if isinstance(effect, hub_effects.Save):
+                self._keep(effect.row)
+        for effect in done:
+            if isinstance(effect, hub_effects.Publish):
+                self.publish("hub", effect.topic, effect.payload, effect.retain)
+            elif isinstance(effect, hub_effects.Tell):
+                self.hub_told.append(effect)
+
+    def _keep(self, row: hub_effects.Row) -> None:
+        if isinstance(row, LedgerEntry):
+            self.ledger.append(row)
+        else:
+            key = getattr(row, "transcript", None) or (getattr(row, "campaign", ""), row.id)
+            self.rows[type(row), key] = msgspec.structs.replace(row)
+
+    def device_event(self, name: str, event: device_effects.Event) -> None:
+        device = self.devices[name]
+        waiting: deque[device_effects.Event] = deque([event])
+        while waiting:
+            for effect in device.agent.handle(self.now, waiting.popleft()):
+                self.before_effect(name, effect)
+                waiting.extend(self._device_effect(device, effect))
+
+    def _device_effect(self, device: Device, effect: device_effects.Effect) -> Iterator[device_effects.Event]:
+        match effect:
+            case device_effects.Save():
+                device.saved = effect.state
+            case device_effects.Publish():
+                self.publish(device.name, effect.topic, effect.payload, effect.retain)
+            case device_effects.SendChunk():
+                body = device.reports[effect.transcript]
+                start, length = chunk_span(len(body), effect.index)
+                header = ChunkHeader(effect.transcript, effect.digest, effect.index)
+                frame = encode_frame(header, body[start : start + length])
+                self.publish(device.name, effect.topic, frame, False)
+            case device_effects.FetchBundle():
+                yield device_effects.Fetched(effect.announcement.manifest.sha256)
+            case device_effects.FetchBlob():
+                yield device_effects.Fetched(effect.ref.sha256)
+            case device_effects.Train():
+                device.deltas[effect.transcript] = self.delta(device, effect)
+                yield device_effects.Trained(effect.transcript, 40.0, 10, 20, effect.steps, 1.0)
+            case device_effects.Seal():
+                yield self._seal(device, effect)
+            case device_effects.KeepCarry():
+                sent = device.sent.get(effect.transcript, device.deltas.get(effect.transcript))
+                device.carry = sent if sent is not None else device.carry
+            case device_effects.DropCarry():
+                device.carry = None
+                device.reports.pop(effect.transcript, None)
+            case device_effects.SetTimer():
+                device.timers[effect.name] = self.now + effect.seconds
+            case device_effects.CancelTimer():
+                device.timers.pop(effect.name, None)
+            case device_effects.Tell():
+                device.told.append(effect)
+
+    def delta(self, device: Device, effect: device_effects.Train) -> np.ndarray:
+        seed = int.from_bytes(hashlib.sha256(device.name.encode() + effect.transcript).digest()[:8], "big")
+        return np.random.default_rng(seed).normal(0, device.scale, NUMBERS).astype(np.float32)
+
+    def _seal(self, device: Device, effect: device_effects.Seal) -> device_effects.Event:
+        assert device.saved.consumed == effect.transcript, "masks are consumed on disk before they are made"
+        device.seals.append(effect.transcript)
+        built = build_report(
+            device.deltas[effect.transcript],
+            carry=device.carry,
+            loss_sum=effect.loss_sum,
+            labels=effect.labels,
+            samples=effect.samples,
+            steps=effect.steps,
+            codec=effect.codec,
+            h=effect.transcript,
+            position=effect.position,
+            roster=[Member(prekey, aes) for prekey, aes in effect.roster],
+            prekey_secret=effect.prekey,
+            entropy=effect.entropy,
+        )
+        device.reports[effect.transcript], device.sent[effect.transcript] = built.body, built.sent
+        return device_effects.Sealed(effect.transcript, built.digest, len(built.body))
+
+    # ---------------------------------------------------------------- what tests ask
+    def kinds(self, kind: str) -> list[LedgerEntry]:
+        return [entry for entry in self.ledger if entry.kind == kind]
+
+    @property
+    def campaign(self) -> CampaignRow:
+        return next(row for row in self.rows.values() if isinstance(row, CampaignRow))
+
+    def adapter(self) -> np.ndarray:
+        return np.frombuffer(self.blobs[self.campaign.adapter.sha256], "<f4")
