@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.jobs import VerifiedStamp
 from fedge.errors import IntegrityError, NoInputError, StorageError, UnsupportedError
 from fedge.limits import MANIFEST_BYTES_MAX
 from fedge.lora import AdapterLayout
@@ -38,21 +38,18 @@ DTYPES: Final = frozenset({"uint8", "int8", "float16", "float32", "int32", "int6
 _ALIGNMENT: Final = 64
 # Stock operators that compute from their inputs alone: no files, no custom libraries, no nested model formats.
 OPERATORS: Final = frozenset(
-    "Abs Add And BitShift BitwiseAnd Cast Concat Constant ConstantOfShape Cos DequantizeLinear Div Equal Erf Exp "
-    "Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN "
-    "LayerNormalization Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow QuantizeLinear Range Reciprocal "
-    "ReduceMax ReduceMean ReduceSum Relu Reshape ScatterND Shape Sigmoid Sign Sin Slice Softmax Split Sqrt Squeeze "
-    "Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where "
-    "com.microsoft::DynamicQuantizeMatMul com.microsoft::FastGelu com.microsoft::GatherBlockQuantized "
-    "com.microsoft::Gelu com.microsoft::MatMulBnb4 com.microsoft::MatMulNBits com.microsoft::QuickGelu".split()  # noqa: SIM905
+    str.split(
+        """
+        Abs Add And BitShift BitwiseAnd Cast Concat Constant ConstantOfShape Cos DequantizeLinear Div Equal Erf Exp
+        Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN
+        LayerNormalization Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow QuantizeLinear Range Reciprocal
+        ReduceMax ReduceMean ReduceSum Relu Reshape ScatterND Shape Sigmoid Sign Sin Slice Softmax Split Sqrt Squeeze
+        Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where
+        com.microsoft::DynamicQuantizeMatMul com.microsoft::FastGelu com.microsoft::GatherBlockQuantized
+        com.microsoft::Gelu com.microsoft::MatMulBnb4 com.microsoft::MatMulNBits com.microsoft::QuickGelu
+        """
+    )
 )
-
-
-class VerifiedStamp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which files were hashed and found right, and how they looked then: inode, size, and both times in ns."""
-
-    manifest_sha256: bytes
-    looks: dict[str, tuple[int, int, int, int]]
 
 
 @dataclass(frozen=True, slots=True)

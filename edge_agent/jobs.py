@@ -1,0 +1,123 @@
+"""What the agent and its worker say to each other: one JSON object a line, each way.
+
+The worker is a child process that does the heavy work and ends, so that the idle agent stays small; this module is
+read by both and therefore knows no numpy. Paths are those of this device; bytes travel as base64.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from fedge.messages import Training
+
+
+class VerifiedStamp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which files of a bundle were hashed and found right, and how they looked: inode, size, both times in ns."""
+
+    manifest_sha256: bytes
+    looks: dict[str, tuple[int, int, int, int]]
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What became of a data file. `examples` = `kept` + `too_long` + `empty`."""
+
+    records: int = 0
+    examples: int = 0
+    kept: int = 0
+    too_long: int = 0  # does not fit the window
+    empty: int = 0  # nothing to learn: the completion has no text
+    turns_unused: int = 0
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Of the worker, in bytes: the highest resident size so far, and the anonymous part now."""
+
+    peak: int = 0
+    anonymous: int = 0
+
+
+# ---------------------------------------------------------------- agent -> worker
+class Job(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="command", tag=str.lower
+):
+    """What every job over an adapter and a data file names. Hashes pin what is used; `threads` is the owner's cap."""
+
+    bundle: str
+    adapter: str  # little-endian float32, in layout order
+    data: str
+    training: Training
+    manifest: bytes | None = None
+    publisher: bytes | None = None
+    verified: VerifiedStamp | None = None
+    adapter_sha256: bytes | None = None
+    threads: int = 1
+
+
+class Train(Job, frozen=True):
+    """Train `steps` local steps and write the delta (little-endian float32, layout order) to the file `delta`.
+
+    `carry`, when named, is a delta of the same form that is added to it. The order of rows follows `data_seed`;
+    `start` batches of that order are passed over.
+    """
+
+    delta: str
+    steps: int
+    data_seed: int = 0
+    start: int = 0
+    carry: str = ""
+
+
+class Evaluate(Job, frozen=True):
+    """The loss of every usable row of `data`."""
+
+
+# ---------------------------------------------------------------- worker -> agent
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=str.lower):
+    """Base of the answers; each job ends with one that is not Progress."""
+
+
+class Progress(Answer, frozen=True):
+    """A step, or a batch of an evaluation, is done."""
+
+    done: int
+    of: int
+    loss_sum: float
+    labels: int
+    memory: Memory
+
+
+class Trained(Answer, frozen=True):
+    """The delta is durably on disk. `samples` = usable rows in the data file, `rows` = rows trained on."""
+
+    loss_sum: float
+    labels: int
+    samples: int
+    rows: int
+    steps: int
+    skipped: int
+    seconds: float  # wall time of the steps alone
+    counts: Counts
+    verified: VerifiedStamp
+    memory: Memory
+
+
+class Evaluated(Answer, frozen=True):
+    """`nll` (nats) and `row_labels` for each usable row, in the order of the file."""
+
+    loss_sum: float
+    labels: int
+    nll: list[float]
+    row_labels: list[int]
+    counts: Counts
+    verified: VerifiedStamp
+    memory: Memory
+
+
+class Failed(Answer, frozen=True):
+    """The job left nothing behind. `error` is the class in `fedge.errors`, or the name of an unforeseen one."""
+
+    error: str
+    what: str
+    field: str = ""
+    hint: str = ""
+    exit_code: int = 70

@@ -1,0 +1,93 @@
+"""The runtime's sessions, set so that a device's memory stays a stated figure.
+
+One arena is shared by all sessions and grows by what is asked for, never by doubling; no memory pattern is kept per
+shape; threads are counted from the processors that this process may use, and never spin. Only the CPU provider.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from fedge.errors import ConfigError, UnsupportedError
+
+Tensor = NDArray[np.generic]
+Floats = NDArray[np.float32]
+_AS_REQUESTED: Final = 1  # arena_extend_strategy kSameAsRequested
+_QUIET: Final = 3  # errors only
+_shared: list[str] = []  # the environment's arena is registered once for a process
+
+
+def threads_allowed(wanted: int) -> int:
+    """`wanted`, but no more than the processors this process may use. Raises ConfigError below one."""
+    if wanted < 1:
+        raise ConfigError("thread count must be at least 1", field="threads", value=wanted)
+    return min(wanted, len(os.sched_getaffinity(0)))
+
+
+def check_runtime(minimum: str) -> None:
+    """Raises UnsupportedError when the installed runtime is older than the bundle needs."""
+    if _version(ort.__version__) < _version(minimum):
+        raise UnsupportedError(
+            "ONNX Runtime here is too old for this bundle",
+            field="runtime_min",
+            value=minimum,
+            hint=f"Installed is {ort.__version__}: upgrade onnxruntime",
+        )
+
+
+class Graph:
+    """One session: feeds are picked by the graph's own input names, outputs come back by name."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        _share_arena()
+        try:
+            self._session = ort.InferenceSession(
+                str(path), _options(threads), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the runtime's errors share no base class
+            raise UnsupportedError(
+                f"graph cannot be loaded: {_first_line(error)}", field="graph", value=path.name
+            ) from error
+        self.inputs: Final = tuple(entry.name for entry in self._session.get_inputs())
+        self.outputs: Final = tuple(entry.name for entry in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...] | None = None) -> dict[str, Floats]:
+        """Run once. `feeds` may hold more than the graph reads; a lacking one raises KeyError, our bug."""
+        names = outputs or self.outputs
+        return dict(
+            zip(names, self._session.run(names, {name: feeds[name] for name in self.inputs}), strict=True)
+        )
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _QUIET
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _share_arena() -> None:
+    if _shared:
+        return
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(place, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED}))
+    _shared.append("cpu")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,260 @@
+"""The worker process: `python -m edge_agent.worker`, a job a line on standard input, answers on standard output.
+
+It exists so that the agent between rounds holds neither numpy nor the runtime, and so that the memory of a round
+goes back to the system when the round is over. It may be killed at any instant: a result appears under its final
+name whole and durable, or not at all. Another command is one more line in `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+
+from edge_agent.jobs import Answer, Evaluate, Evaluated, Failed, Job, Memory, Progress, Train, Trained
+from fedge.errors import ConfigError, DataError, FedgeError, IntegrityError, NoInputError, UsageError
+from fedge.io import durable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edge_agent.bundle import Bundle
+    from edge_agent.dataset import Dataset
+    from edge_agent.trainer import StepResult, Trainer
+
+Emit = Callable[[Answer], None]
+J = TypeVar("J", bound=msgspec.Struct)
+
+
+def train(job: Train, emit: Emit) -> Trained:
+    """Carry out a Train job."""
+    from edge_agent.dataset import batches
+
+    if job.steps < 1:
+        raise ConfigError("a round has at least one step", field="steps", value=job.steps)
+    bundle, dataset = _prepare(job)
+    trainer = _trainer(bundle, job)
+    adapter = _floats(Path(job.adapter), trainer.layout.numbers, job.adapter_sha256)
+    endless = batches(
+        dataset.rows,
+        size=job.training.batch_rows,
+        seed=job.data_seed,
+        pad_id=bundle.manifest.pad_id,
+        start=job.start,
+    )
+    from edge_agent.trainer import train_round
+
+    def after_step(done: int, step: StepResult) -> None:
+        emit(
+            Progress(
+                done=done, of=job.steps, loss_sum=step.loss_sum, labels=step.labels, memory=memory_used()
+            )
+        )
+
+    began = time.monotonic()
+    outcome = train_round(
+        trainer,
+        adapter,
+        (next(endless) for _ in range(job.steps)),
+        a_seed=job.training.a_seed,
+        lr=job.training.rate,
+        weight_decay=job.training.weight_decay,
+        after_step=after_step,
+    )
+    seconds = time.monotonic() - began
+    delta = outcome.delta
+    if job.carry:
+        delta = delta + _floats(Path(job.carry), trainer.layout.numbers, None)
+    durable.write_bytes(Path(job.delta), delta.astype("<f4").tobytes())
+    return Trained(
+        loss_sum=outcome.loss_sum,
+        labels=outcome.labels,
+        samples=dataset.counts.kept,
+        rows=outcome.rows,
+        steps=outcome.steps,
+        skipped=outcome.skipped,
+        seconds=seconds,
+        counts=dataset.counts,
+        verified=bundle.stamp,
+        memory=memory_used(),
+    )
+
+
+def evaluate(job: Evaluate, emit: Emit) -> Evaluated:
+    """Carry out an Evaluate job."""
+    from edge_agent.dataset import evaluation_batches
+
+    bundle, dataset = _prepare(job)
+    trainer = _trainer(bundle, job)
+    b = trainer.layout.split(_floats(Path(job.adapter), trainer.layout.numbers, job.adapter_sha256))
+    total = len(dataset.rows)
+    nll, labels, done = [0.0] * total, [0] * total, 0
+    size = job.training.batch_rows
+    for chosen, batch in evaluation_batches(dataset.rows, size=size, pad_id=bundle.manifest.pad_id):
+        sums, counts = trainer.row_losses(batch, b)
+        for i, loss, count in zip(chosen, sums.tolist(), counts.tolist(), strict=True):
+            nll[i], labels[i] = loss, count
+        done += len(chosen)
+        progress = Progress(
+            done=done,
+            of=total,
+            loss_sum=float(sums.sum()),
+            labels=int(counts.sum()),
+            memory=memory_used(),
+        )
+        emit(progress)
+    return Evaluated(
+        loss_sum=sum(nll),
+        labels=sum(labels),
+        nll=nll,
+        row_labels=labels,
+        counts=dataset.counts,
+        verified=bundle.stamp,
+        memory=memory_used(),
+    )
+
+
+def command(kind: type[J], run: Callable[[J, Emit], Answer]) -> Callable[[bytes, Emit], Answer]:
+    """`run` for a line of JSON that holds a job of `kind`. Raises UsageError when it does not."""
+
+    def carry_out(line: bytes, emit: Emit) -> Answer:
+        try:
+            job = msgspec.json.decode(line, type=kind)
+        except msgspec.MsgspecError as error:
+            raise UsageError(f"job cannot be read: {error}", field="job", value=kind.__name__) from error
+        return run(job, emit)
+
+    return carry_out
+
+
+COMMANDS: Final[dict[str, Callable[[bytes, Emit], Answer]]] = {
+    "train": command(Train, train),
+    "evaluate": command(Evaluate, evaluate),
+}
+
+
+def main() -> None:
+    """Serve jobs until standard input ends."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # read once, when the libraries load; a pool costs 8 MB a thread
+    for line in sys.stdin.buffer:
+        _emit(answer(line, _emit))
+
+
+def answer(line: bytes, emit: Emit) -> Answer:
+    """The last answer to one line; whatever goes wrong becomes a Failed."""
+    try:
+        return _command_of(line)(line, emit)
+    except FedgeError as error:
+        return Failed(
+            error=type(error).__name__,
+            what=error.what,
+            field=error.field,
+            hint=error.hint,
+            exit_code=error.exit_code,
+        )
+    except BrokenPipeError:
+        raise  # nobody listens any more
+    except Exception as error:
+        traceback.print_exc()
+        return Failed(error=type(error).__name__, what="the worker met an error it does not know")
+
+
+class _Named(msgspec.Struct):
+    command: str
+
+
+def _command_of(line: bytes) -> Callable[[bytes, Emit], Answer]:
+    try:
+        name = msgspec.json.decode(line, type=_Named).command
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"job cannot be read: {error}", field="command") from error
+    if name not in COMMANDS:
+        raise UsageError(
+            "command is not known", field="command", value=name, hint=f"One of {', '.join(COMMANDS)}"
+        )
+    return COMMANDS[name]
+
+
+def _emit(message: Answer) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _prepare(job: Job) -> tuple[Bundle, Dataset]:
+    """Verify the bundle, then tokenise; the tokenizer's memory is given back before the runtime is loaded."""
+    from edge_agent.bundle import open_bundle
+    from edge_agent.dataset import load_dataset, load_encoder
+
+    bundle = open_bundle(
+        Path(job.bundle), publisher=job.publisher, sha256=job.manifest, verified=job.verified
+    )
+    window = job.training.window_tokens
+    if window > bundle.manifest.positions_max:
+        raise ConfigError("window is longer than the model's", field="window_tokens", value=window)
+    dataset = load_dataset(
+        Path(job.data),
+        job.training.template,
+        load_encoder(bundle.tokenizer),
+        eos_id=bundle.manifest.eos_id,
+        window=window,
+    )
+    _give_back_memory()
+    return bundle, dataset
+
+
+def _trainer(bundle: Bundle, job: Job) -> Trainer:
+    from edge_agent.trainer import Trainer
+
+    return Trainer(bundle, job.threads, a_seed=job.training.a_seed)
+
+
+def _floats(path: Path, numbers: int, sha256: bytes | None) -> NDArray[np.float32]:
+    import numpy as np
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise NoInputError(f"cannot read {path}: {error.strerror}", field="path", value=str(path)) from error
+    if sha256 is not None and hashlib.sha256(data).digest() != sha256:
+        raise IntegrityError("adapter is not the one named", field="adapter_sha256", value=sha256.hex())
+    if len(data) != 4 * numbers:
+        raise DataError(f"{path} has another size than the adapter", field="bytes", value=len(data))
+    values = np.frombuffer(data, "<f4").astype(np.float32)
+    if not np.isfinite(values).all():
+        raise DataError(f"{path} holds a number that is not finite", field="path", value=str(path))
+    return values
+
+
+def memory_used() -> Memory:
+    """From /proc/self/status; zeros where there is none."""
+    found = {"VmHWM": 0, "RssAnon": 0}
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return Memory()
+    for line in lines:
+        key, _, rest = line.partition(":")
+        if key in found:
+            found[key] = 1024 * int(rest.split()[0])
+    return Memory(peak=found["VmHWM"], anonymous=found["RssAnon"])
+
+
+def _give_back_memory() -> None:
+    """Let the C library return freed pages; without this a tokenizer's 40 MB stay ours for the whole round."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+if __name__ == "__main__":
+    main()
