@@ -43,8 +43,8 @@ def measure(data: Path | None) -> Facts:
 
 
 def samples_bucket(data: Path) -> int:
-    """Bit length of the number of records: 1 for one, 2 for two or three, 3 up to seven; 0 for none."""
-    return sum(1 for _ in read_records(data)).bit_length()
+    """Bit length of the number of examples: 1 for one, 2 for two or three, 3 up to seven; 0 for none."""
+    return sum(len(record.examples) for record in read_records(data)).bit_length()
 
 
 def board_name() -> str:
