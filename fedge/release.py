@@ -26,6 +26,14 @@ TOKENIZER: Final = "tokenizer.json"
 FORMAT: Final = 1
 _DOMAIN: Final = b"fedge bundle manifest v1\x00"
 
+# Everything a bundle's graphs may be made of: arithmetic on tensors. No loops, no branches, nothing that reads files.
+OPERATORS_ALLOWED: Final = frozenset({
+    "Add", "And", "Cast", "Concat", "ConstantOfShape", "Cos", "Div", "Equal", "Exp", "Expand", "Gather", "Gemm",
+    "Greater", "Identity", "LessOrEqual", "MatMul", "Max", "Mul", "Neg", "Pow", "Range", "Reciprocal", "ReduceMax",
+    "ReduceMean", "ReduceSum", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub",
+    "Transpose", "Unsqueeze", "Where", "com.microsoft:GatherBlockQuantized", "com.microsoft:MatMulNBits",
+})  # fmt: skip
+
 
 class TensorPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a tensor lies in the weight file: `dtype` is a numpy name, the layout is C order."""

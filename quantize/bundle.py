@@ -1,0 +1,178 @@
+"""A model becomes a signed bundle folder, or nothing.
+
+Order: refuse -> quantise -> export -> write -> gates -> sign -> rename. Everything happens in a hidden sibling of
+the target, and the target appears by one rename when every gate has passed and every byte is on disk. A failure
+removes the sibling; what a killed export leaves is removed by the next one. The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import onnx
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedge.errors import UsageError
+from fedge.io import durable
+from fedge.lora import LoraConfig
+from fedge.release import (
+    FORMAT,
+    MANIFEST,
+    SIGNATURE,
+    TOKENIZER,
+    WEIGHTS,
+    FileEntry,
+    Manifest,
+    TensorPlace,
+    encode_manifest,
+    sign_manifest,
+)
+from quantize import gates
+from quantize.blocks import adapted_modules, check_layers
+from quantize.formats import EMBEDDING_FORMAT, WeightFormat
+from quantize.graph import operators
+from quantize.joint import AUX
+from quantize.source import Source, file_digest, load
+from quantize.training import head_dim, training_graphs
+from quantize.weights import Progress, choose_format, is_exact, quantise, write_weights
+
+RUNTIME_MIN: Final = "1.23.0"
+HEAD_ROWS: Final = 4096  # 4096 x 64 positions of logits are 1 MB: they stay in cache
+
+
+def quantize(
+    source: str,
+    out: Path,
+    key: Ed25519PrivateKey,
+    *,
+    lora: LoraConfig,
+    name: str = "",
+    weights_format: str | None = None,
+    head_rows: int = HEAD_ROWS,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the bundle of the model `source` to the folder `out`, signed by `key`, and return its manifest.
+
+    `progress(phase, fraction)` is told how far each phase is. Raises UsageError when `out` exists, the refusals of
+    `source.load`, GateError when the graphs do not compute what torch computes, StorageError. Nothing is left behind.
+    """
+    tell = progress or _silent
+    if out.exists():
+        raise UsageError(
+            "the bundle folder exists already", field="out", value=str(out), hint="Choose another one"
+        )
+    tell("read", 0.0)
+    loaded = load(source)
+    check_layers(loaded.model)
+    fmt = choose_format(loaded, weights_format)
+    shapes = adapted_modules(loaded.model, lora)
+    tell("read", 1.0)
+    with torch.random.fork_rng(), _staging(out) as folder:
+        torch.manual_seed(0)
+        files = _Build(loaded, lora, fmt, head_rows, folder, tell)
+        manifest = files.manifest(shapes, name or loaded.name, key.public_key().public_bytes_raw().hex())
+        data = encode_manifest(manifest)
+        _write(folder / MANIFEST, data)
+        _write(folder / SIGNATURE, sign_manifest(data, key))
+    tell("sign", 1.0)
+    return manifest
+
+
+class _Build:
+    """The files of one bundle, in its staging folder."""
+
+    def __init__(
+        self,
+        source: Source,
+        lora: LoraConfig,
+        fmt: WeightFormat,
+        head_rows: int,
+        folder: Path,
+        tell: Progress,
+    ) -> None:
+        self._source, self._lora, self._format, self._head_rows = source, lora, fmt, head_rows
+        self._folder = folder
+        exam = gates.Exam.of(source, exact=is_exact(source, fmt.name), fmt=fmt, lora=lora)
+        tensors = quantise(source, fmt, tell)
+        self._places: Mapping[str, TensorPlace] = write_weights(folder / WEIGHTS, tensors)
+        del tensors
+        graphs = training_graphs(source.model, lora, fmt, tell)
+        self._operators: set[str] = set()
+        for file, graph in graphs.items():
+            self._add(file, graph)
+        _write(folder / TOKENIZER, source.tokenizer)
+        self._gates = exam.run(folder, self._places, self._operators, head_rows, tell)
+
+    def _add(self, file: str, graph: onnx.ModelProto) -> None:
+        _write(self._folder / file, graph.SerializeToString(deterministic=True))
+        self._operators |= operators(graph)
+
+    def manifest(self, shapes: dict[str, tuple[int, int]], name: str, publisher: str) -> Manifest:
+        config, source = self._source.model.config, self._source
+        return Manifest(
+            format=FORMAT,
+            model=name,
+            architecture=source.architecture,
+            licence=source.licence,
+            source_sha256=source.sha256,
+            weights_format=self._format.name,
+            embedding_format=EMBEDDING_FORMAT,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            vocabulary=config.vocab_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=head_dim(source.model),
+            positions_max=config.max_position_embeddings,
+            head_tied=True,
+            eos_id=source.eos_id,
+            pad_id=source.pad_id,
+            lora=self._lora,
+            lora_shapes=shapes,
+            aux=AUX,
+            head_rows=self._head_rows,
+            operators=tuple(sorted(self._operators)),
+            runtime_min=RUNTIME_MIN,
+            tensors=dict(self._places),
+            files={
+                path.name: FileEntry(size=path.stat().st_size, sha256=file_digest(path))
+                for path in sorted(self._folder.iterdir())
+            },
+            gates=self._gates,
+            publisher=publisher,
+        )
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A hidden sibling of `out` that becomes `out` when the block ends well and vanishes when it does not."""
+    durable.make_folder(out.parent)
+    durable.sweep(out.parent)
+    part = durable.part_name(out)
+    try:
+        part.mkdir()
+        yield part
+        durable.sync_folder(part)
+        part.rename(out)
+        durable.sync_folder(out.parent)
+    except OSError as error:
+        raise durable.storage_error(error, out) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _silent(phase: str, fraction: float) -> None:
+    pass

@@ -1,0 +1,201 @@
+"""Where a model comes from: a GGUF file, a model folder or a hub id, all to one `Source`.
+
+Rule: what cannot be handled is refused from its configuration alone, before a single weight is read; and no code
+that came with a model is ever run (`trust_remote_code` stays off, weights are safetensors or GGUF, never pickles).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from fedge.errors import DataError, NoInputError, UnavailableError, UnsupportedError
+from fedge.io.model_source import ModelSource, resolve_model
+from quantize import tokenizer as tokenizers
+from quantize.formats import Parts
+from quantize.supported import check_config
+
+_HUB_FILES: Final = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "*.safetensors",
+    "*.json",
+    "README.md",
+]
+_README_LICENCE: Final = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A causal LM in float32 with eager attention, ready to be taken apart.
+
+    `exact` holds matrices that already lie on a grid of ours: parameter name -> (format name, parts).
+    """
+
+    model: Any  # transformers.PreTrainedModel
+    architecture: str
+    tokenizer: bytes
+    name: str
+    licence: str
+    sha256: str
+    eos_id: int
+    pad_id: int
+    exact: dict[str, tuple[str, Parts]] = field(default_factory=dict)
+
+
+def load(text: str) -> Source:
+    """The model that `text` names (registered name, .gguf file, folder, hub id).
+
+    Raises NoInputError, DataError, UnsupportedError, or UnavailableError when the hub cannot be reached.
+    """
+    place = resolve_model(text)
+    if place.kind == "gguf":
+        from quantize.gguf_source import load_gguf
+
+        assert place.path is not None
+        return load_gguf(place.path, licence=place.licence)
+    folder = place.path if place.path is not None else _from_hub(place)
+    return _load_folder(folder, name=place.hub_id or folder.resolve().name, licence=place.licence)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def build_model(config: Any) -> Any:
+    """An empty float32 model of a transformers configuration, with the attention that exports."""
+    from transformers import AutoModelForCausalLM
+
+    config._attn_implementation = "eager"
+    config.use_cache = False
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def _load_folder(folder: Path, *, name: str, licence: str) -> Source:
+    config = _read_json(folder / "config.json")
+    architecture = check_config(config)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UnsupportedError(
+            "no *.safetensors in the model folder",
+            field="model",
+            value=str(folder),
+            hint="Pickled weights are not opened: save the model again with safe_serialization=True",
+        )
+    vocabulary = _tokenizer_of(folder)
+    tokenizers.check_ids(vocabulary, int(config["vocab_size"]))
+    eos, pad = _end_and_pad(config, folder)
+    files = [folder / "config.json", folder / "tokenizer.json", *weights]
+    return Source(
+        model=_read_weights(folder),
+        architecture=architecture,
+        tokenizer=vocabulary,
+        name=name,
+        licence=licence or _licence_of(folder),
+        sha256=_digest_of(files),
+        eos_id=eos,
+        pad_id=pad,
+    )
+
+
+def _from_hub(place: ModelSource) -> Path:
+    """Configuration first: a model that is not handled is refused before its weights are downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        first = Path(snapshot_download(place.hub_id, allow_patterns=["config.json"]))
+        check_config(_read_json(first / "config.json"))
+        return Path(snapshot_download(place.hub_id, allow_patterns=_HUB_FILES))
+    except RepositoryNotFoundError as error:
+        raise NoInputError("no such model on the hub", field="model", value=place.hub_id) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UnavailableError(
+            "the model hub is out of reach",
+            field="model",
+            value=place.hub_id,
+            hint="Check the network, or give a local folder or GGUF",
+        ) from error
+
+
+def _read_weights(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            use_cache=False,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError("the model folder cannot be loaded", field="model", value=str(error)) from error
+    odd = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if odd:
+        raise DataError(
+            "weights and config.json do not belong together", field="tensors", value=sorted(map(str, odd))[:4]
+        )
+    return model.eval()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise NoInputError("a file of the model is missing", field="model", value=str(path)) from error
+    except ValueError as error:
+        raise DataError(f"{path.name} is not JSON", field="model", value=str(path)) from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path.name} is not a JSON object", field="model", value=str(path))
+    return content
+
+
+def _tokenizer_of(folder: Path) -> bytes:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise NoInputError(
+            "the model folder has no tokenizer.json",
+            field="model",
+            value=str(folder),
+            hint="Load it with transformers.AutoTokenizer and save_pretrained() into the folder",
+        )
+    return tokenizers.from_file(path.read_bytes())
+
+
+def _end_and_pad(config: dict[str, Any], folder: Path) -> tuple[int, int]:
+    eos = config.get("eos_token_id")
+    generation = folder / "generation_config.json"
+    if eos is None and generation.is_file():
+        eos = _read_json(generation).get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    if not isinstance(eos, int):
+        raise DataError("the model names no end-of-text token", field="eos_token_id", value=eos)
+    pad = config.get("pad_token_id")
+    return eos, pad if isinstance(pad, int) and pad >= 0 else eos
+
+
+def _licence_of(folder: Path) -> str:
+    readme = folder / "README.md"
+    found = _README_LICENCE.search(readme.read_text(errors="replace")) if readme.is_file() else None
+    return found[1] if found else "unknown"
+
+
+def _digest_of(files: Iterable[Path]) -> str:
+    whole = hashlib.sha256()
+    for path in files:
+        whole.update(f"{path.name} {file_digest(path)}\n".encode())
+    return whole.hexdigest()

@@ -1,0 +1,116 @@
+"""The weight file: one flat file of named tensors that training and decoding both map into memory.
+
+Names are `L{i}/{module}.w.q|.s|.d` for the parts of a frozen matrix, `L{i}/{module}.b` for its bias,
+`L{i}/{norm}.weight`, `EMB.q|.s` and `norm.weight`. A tensor of 4 KB or more starts on a page, a smaller one on a
+cache line, so that a device maps the file and feeds slices of it without a copy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedge.errors import DataError, UnsupportedError
+from fedge.release import TensorPlace
+from quantize.blocks import layers_of, linears_of
+from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat, decode, encode
+from quantize.source import Source
+
+Tensors = Mapping[str, npt.NDArray]
+Progress = Callable[[str, float], None]
+
+_PAGE: Final = 4096
+_LINE: Final = 64
+
+
+def choose_format(source: Source, requested: str | None) -> WeightFormat:
+    """The format of the blocks: what was asked for; else int4d when the source is on its grid, else int8g."""
+    if requested is not None:
+        if requested not in FORMATS:
+            raise UnsupportedError(
+                "no such weight format", field="format", value=requested, hint=f"Known: {', '.join(FORMATS)}"
+            )
+        return FORMATS[requested]
+    return FORMATS["int4d" if is_exact(source, "int4d") else "int8g"]
+
+
+def is_exact(source: Source, format_name: str) -> bool:
+    """Whether every matrix of the blocks came from the source on this format's grid."""
+    found = [source.exact.get(f"{name}.weight") for name in _matrix_names(source.model)]
+    return all(entry is not None and entry[0] == format_name for entry in found)
+
+
+def quantise(source: Source, fmt: WeightFormat, tell: Progress) -> dict[str, npt.NDArray]:
+    """All tensors of the weight file. The model's own weights become the dequantised ones: the gates' reference."""
+    tensors: dict[str, npt.NDArray] = {}
+    layers = layers_of(source.model)
+    for index, layer in enumerate(layers):
+        matrices = linears_of(layer)
+        for name, parameter in layer.named_parameters():
+            module, _, kind = name.rpartition(".")
+            full, place = f"model.layers.{index}.{name}", f"L{index}/{module}"
+            if module in matrices and kind == "weight":
+                tensors |= _parts(source, full, parameter, f"{place}.w", fmt)
+            else:
+                tensors[f"{place}.b" if module in matrices else f"L{index}/{name}"] = _floats(parameter, full)
+        tell("quantise", (index + 1) / (len(layers) + 1))
+    table = source.model.get_input_embeddings().weight
+    tensors |= _parts(source, "model.embed_tokens.weight", table, "EMB", FORMATS[EMBEDDING_FORMAT])
+    for name, parameter in source.model.model.norm.named_parameters():
+        tensors[f"norm.{name}"] = _floats(parameter, name)
+    tell("quantise", 1.0)
+    return tensors
+
+
+def write_weights(path: Path, tensors: Tensors) -> dict[str, TensorPlace]:
+    """Write the file, flushed to disk; returns where each tensor lies."""
+    places: dict[str, TensorPlace] = {}
+    with path.open("xb") as stream:
+        for name, array in tensors.items():
+            step = _PAGE if array.nbytes >= _PAGE else _LINE
+            stream.write(b"\0" * (-stream.tell() % step))
+            places[name] = TensorPlace(offset=stream.tell(), shape=tuple(array.shape), dtype=array.dtype.name)
+            stream.write(np.ascontiguousarray(array).data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return places
+
+
+def map_weights(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, npt.NDArray]:
+    """The tensors of a weight file as read-only views of one mapping."""
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    return {name: _view(data, place) for name, place in places.items()}
+
+
+def _view(data: npt.NDArray[np.uint8], place: TensorPlace) -> npt.NDArray:
+    dtype = np.dtype(place.dtype)
+    end = place.offset + int(np.prod(place.shape)) * dtype.itemsize
+    return data[place.offset : end].view(dtype).reshape(place.shape)
+
+
+def _parts(
+    source: Source, full: str, parameter: Any, place: str, fmt: WeightFormat
+) -> Iterator[tuple[str, npt.NDArray]]:
+    known, weight = source.exact.get(full), _floats(parameter, full)
+    parts = known[1] if known is not None and known[0] == fmt.name else encode(weight, fmt)
+    with torch.no_grad():
+        parameter.copy_(torch.from_numpy(decode(parts, fmt)))
+    return ((f"{place}.{part}", parts[part]) for part in fmt.parts)
+
+
+def _floats(parameter: Any, name: str) -> npt.NDArray[np.float32]:
+    values: npt.NDArray[np.float32] = parameter.detach().float().numpy()
+    if not np.isfinite(values).all():
+        raise DataError("the model has weights that are no numbers", field="tensor", value=name)
+    return values
+
+
+def _matrix_names(model: Any) -> Iterator[str]:
+    for index, layer in enumerate(layers_of(model)):
+        yield from (f"model.layers.{index}.{name}" for name in linears_of(layer))
