@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from fedge.errors import IntegrityError, ProtocolError
+from fedge.errors import ConfigError, IntegrityError, ProtocolError
 from fedge.limits import BLOC_DEVICES_MAX, BLOC_DEVICES_MIN
 from fedge.secagg.masks import Member, mask_in_place, open_edges
 from fedge.secagg.ring import BodyLayout, MetadataWords, Words, add_words
@@ -62,7 +62,7 @@ class BlocSum:
     def __init__(self, h: bytes, members: Sequence[str], layout: BodyLayout) -> None:
         _check_size(len(members))
         if len(set(members)) != len(members):
-            raise ProtocolError("cloned_member", "one device stands twice in the bloc", field="members")
+            raise ProtocolError("cloned-member", "one device stands twice in the bloc", field="members")
         self.h, self.members, self.layout = h, tuple(members), layout
         self._digests: dict[str, bytes] = {}
         self._total = bytearray(layout.size)
@@ -86,15 +86,15 @@ class BlocSum:
         Raises ProtocolError for a stranger, a wrong size, and a second, different report of one device.
         """
         if device not in self.members:
-            raise ProtocolError("not_a_member", "report from outside the bloc", field="device", value=device)
+            raise ProtocolError("not-a-member", "report from outside the bloc", field="device", value=device)
         if len(body) != self.layout.size:
-            raise ProtocolError("report_size", "report has the wrong size", field="bytes", value=len(body))
+            raise ProtocolError("report-size", "report has the wrong size", field="bytes", value=len(body))
         digest = hashlib.sha256(body).digest()
         if (known := self._digests.get(device)) is not None:
             if known == digest:
                 return False
             raise ProtocolError(
-                "second_report", "device sent another report before", field="device", value=device
+                "second-report", "device sent another report before", field="device", value=device
             )
         for total, part in zip(self.layout.views(self._total), self.layout.views(body), strict=True):
             add_words(total, part)
@@ -105,7 +105,7 @@ class BlocSum:
         """The sums of all words and of all metadata words, unmasked by being whole. ProtocolError before that."""
         if not self.whole:
             raise ProtocolError(
-                "bloc_not_whole", "members are missing from the sum", field="missing", value=self.missing
+                "bloc-not-whole", "members are missing from the sum", field="missing", value=self.missing
             )
         return self.layout.views(bytes(self._total))
 
@@ -119,11 +119,11 @@ class BlocSum:
         """The sum that `to_bytes` wrote; IntegrityError for anything else."""
         try:
             row = msgspec.msgpack.decode(data, type=_Row)
-        except msgspec.MsgspecError as error:
+            bloc = cls(row.h, row.members, row.layout)
+        except (msgspec.MsgspecError, ValueError, ConfigError, ProtocolError) as error:
             raise IntegrityError("stored sum cannot be read", field="row", value=str(error)) from error
         if len(row.total) != row.layout.size or not row.digests.keys() <= set(row.members):
             raise IntegrityError("stored sum contradicts itself", field="row", value=row.layout)
-        bloc = cls(row.h, row.members, row.layout)
         bloc._digests.update(row.digests)
         bloc._total[:] = row.total
         return bloc
@@ -132,7 +132,7 @@ class BlocSum:
 def _check_size(devices: int) -> None:
     if not BLOC_DEVICES_MIN <= devices <= BLOC_DEVICES_MAX:
         raise ProtocolError(
-            "bloc_size",
+            "small-bloc" if devices < BLOC_DEVICES_MIN else "large-bloc",
             f"a bloc has {BLOC_DEVICES_MIN} to {BLOC_DEVICES_MAX} devices",
             field="devices",
             value=devices,

@@ -51,7 +51,7 @@ def edge_key(h: bytes, secret: X25519PrivateKey, other: bytes, cipher: StreamCip
         shared = secret.exchange(X25519PublicKey.from_public_bytes(other))
     except ValueError as error:  # wrong length, or a point of low order, which would give a known secret
         raise ProtocolError(
-            "bad_prekey", "prekey cannot be used", field="prekey", value=other.hex()
+            "bad-prekey", "prekey cannot be used", field="prekey", value=other.hex()
         ) from error
     return HKDF(hashes.SHA256(), cipher.key_bytes, salt=h, info=_EDGE + cipher.value).derive(shared)
 
@@ -84,10 +84,10 @@ def mask_in_place(words: Words, metadata: MetadataWords, edges: Sequence[Edge]) 
 
 def _check_roster(roster: Sequence[Member], position: int, own: bytes) -> None:
     if len({member.prekey for member in roster}) != len(roster):
-        raise ProtocolError("cloned_member", "one prekey stands twice in the roster", field="roster")
+        raise ProtocolError("cloned-member", "one prekey stands twice in the roster", field="roster")
     if not 0 <= position < len(roster) or roster[position].prekey != own:
         raise ProtocolError(
-            "not_my_place", "roster does not hold our prekey at our place", field="position", value=position
+            "not-my-place", "roster does not hold our prekey at our place", field="position", value=position
         )
 
 

@@ -22,13 +22,6 @@ Residues = Words | MetadataWords
 _WORDS_MAX: Final = ADAPTER_NUMBERS_MAX + 1024  # a vector padded to whole Hadamard blocks
 
 
-def require_bits(bits: int) -> None:
-    """ConfigError for a word width that the wire does not have."""
-    if bits not in RING_BITS:
-        allowed = " or ".join(map(str, RING_BITS))
-        raise ConfigError("word width is not allowed", field="bits", value=bits, hint=f"Take {allowed}.")
-
-
 def zero_words(count: int, bits: int) -> Words:
     """`count` words of zero, of the numpy type for words of `bits` bits."""
     return np.zeros(count, np.uint8) if bits == 8 else np.zeros(count, np.uint16)
@@ -49,7 +42,8 @@ class BodyLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metadata_words: int
 
     def __post_init__(self) -> None:
-        require_bits(self.bits)
+        if self.bits not in RING_BITS:
+            raise ConfigError("word width is not allowed", field="bits", value=self.bits)
         if not 0 < self.words <= _WORDS_MAX:
             raise ConfigError("number of words is out of range", field="words", value=self.words)
         if not 0 < self.metadata_words <= META_WORDS_MAX:

@@ -22,10 +22,10 @@ import numpy.typing as npt
 from fedge.errors import ConfigError
 from fedge.limits import RING_BITS, STRATA
 from fedge.secagg.keystream import Keystream, StreamCipher
-from fedge.secagg.ring import Words, require_bits, zero_words
+from fedge.secagg.ring import Words, zero_words
 from fedge.update import rotation
 from fedge.update.rotation import Vector
-from fedge.update.spec import UpdateCodec, require_clip
+from fedge.update.spec import UpdateCodec, require_clip, require_width
 
 SPREADS: Final = 5.0  # a Gaussian passes 5 spreads once in 1.7 million; words that do wrap are detected
 SLACK: Final = 1.15  # how much larger the next sum may be than the last
@@ -64,7 +64,7 @@ def next_codec(
 
 def spread(vector: Vector) -> float:
     """Root mean square of the rotated `vector`'s coordinates, without rotating it."""
-    return _norm(vector) / math.sqrt(rotation.padded_length(vector.size))
+    return length(vector) / math.sqrt(rotation.padded_length(vector.size))
 
 
 def aligned_spread(clip: float, numbers: int, devices: int) -> float:
@@ -99,9 +99,9 @@ def predicted_error(devices: int, bits: int, z: float) -> float:
     return float(devices * (2 * z) ** 2 / (6 * 4.0**bits))
 
 
-def clip(delta: Vector, bound: float) -> tuple[Vector, float]:
-    """`delta` scaled down to L2 norm `bound` if it is longer, and the norm that it had. Never changes `delta`."""
-    norm = _norm(delta)
+def length(vector: Vector) -> float:
+    """L2 norm, accumulated in float64. ConfigError if the vector is not finite."""
+    norm = math.sqrt(float(np.einsum("i,i->", vector, vector, dtype=np.float64)))
     if not math.isfinite(norm):
         raise ConfigError(
             "update is not finite",
@@ -109,6 +109,12 @@ def clip(delta: Vector, bound: float) -> tuple[Vector, float]:
             value=norm,
             hint="Training diverged: lower the learning rate.",
         )
+    return norm
+
+
+def clip(delta: Vector, bound: float) -> tuple[Vector, float]:
+    """`delta` scaled down to L2 norm `bound` if it is longer, and the norm that it had. Never changes `delta`."""
+    norm = length(delta)
     return (delta if norm <= bound else delta * np.float32(bound / norm)), norm
 
 
@@ -151,7 +157,7 @@ def stratify(integers: npt.NDArray[np.signedinteger]) -> npt.NDArray[np.uint32]:
 
 
 def _tuned(sum_spread: float, clip_bound: float, devices: int, seed: bytes, bits: int) -> UpdateCodec:
-    require_bits(bits)
+    require_width(bits)
     step = SPREADS * SLACK * sum_spread / 2 ** (bits - 1)
     codec = UpdateCodec(bits=bits, step=step, clip=clip_bound, seed=seed)
     require_range(codec, devices, sum_spread)
@@ -164,7 +170,3 @@ def _round(rotated: Vector, step: float, stream: Keystream) -> npt.NDArray[np.in
     scaled += uniform * np.float32(2**-16)
     np.floor(scaled, out=scaled)
     return scaled.astype(np.int32)
-
-
-def _norm(vector: Vector) -> float:
-    return math.sqrt(float(np.einsum("i,i->", vector, vector, dtype=np.float64)))

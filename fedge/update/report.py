@@ -45,10 +45,9 @@ def report_layout(numbers: int, bits: int) -> BodyLayout:
 
 def add_carry(delta: Vector, carry: Vector | None) -> Vector:
     """delta + carry * min(1, 2 |delta| / |carry|): work of rounds that sat out, never more than twice today's."""
-    if carry is None or not (length := float(np.linalg.norm(carry))):
+    if carry is None or not (owed := coding.length(carry)):
         return delta
-    share = min(1.0, 2 * float(np.linalg.norm(delta)) / length)
-    return delta + carry * np.float32(share)
+    return delta + carry * np.float32(min(1.0, 2 * coding.length(delta) / owed))
 
 
 def build_report(

@@ -17,7 +17,6 @@ from fedge.secagg.keystream import Keystream, StreamCipher
 
 Vector = npt.NDArray[np.float32]
 BLOCK: Final = 1_024
-SEED_BYTES: Final = 16
 _SIDE: Final = 32
 _SIGNS_START: Final = b"fedge signs v1\0\0"
 

@@ -88,7 +88,7 @@ def test_opens_only_when_whole_and_says_who_is_missing() -> None:
         bloc.add(f"device-{place}", REPORTS[place].body)
         with pytest.raises(ProtocolError) as refusal:
             bloc.open()
-        assert refusal.value.name == "bloc_not_whole"
+        assert refusal.value.name == "bloc-not-whole"
     assert bloc.missing == ("device-2",)
     bloc.add("device-2", REPORTS[2].body)
     assert bloc.whole
@@ -127,7 +127,7 @@ def test_any_bytes_are_a_sum_or_an_error(cut: int, noise: bytes) -> None:
     whole = BlocSum(H, names(5), LAYOUT).to_bytes()
     for data in (noise, whole[:cut] + noise):
         if data != whole:
-            with pytest.raises((IntegrityError, ConfigError, ProtocolError)):
+            with pytest.raises(IntegrityError):
                 BlocSum.from_bytes(data)
 
 

@@ -46,9 +46,11 @@ def test_leave_one_out_after_the_total_is_refused() -> None:
 
 def test_paired_subsets_are_refused() -> None:
     one, two = DEVICES[:8], DEVICES[8:16]
-    require_leverage([one, two], one + two)
+    halves, floors = one[:4] + two[:4], dict.fromkeys(DEVICES, 8)
+    assert leverages([one, two, halves]) == pytest.approx(dict.fromkeys(one + two, 3 / 16))
+    require_leverage([one, two], one + two, floors)
     with pytest.raises(PolicyError):
-        require_leverage([one, two], one[:4] + two[:4])
+        require_leverage([one, two], halves, floors)
 
 
 def test_a_second_partition_is_refused_at_its_first_bloc() -> None:

@@ -19,9 +19,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fedge.secagg.bloc import BlocSum
 from fedge.secagg.keystream import BUFFER_BYTES, Keystream, StreamCipher
 from fedge.secagg.masks import Member, edge_cipher, edge_key, mask_in_place, open_edges
-from fedge.update.codec import UpdateCodec, encode
+from fedge.update.codec import encode
 from fedge.update.metadata import METADATA_WORDS
 from fedge.update.report import BuiltReport, build_report, read_sum, report_layout
+from fedge.update.spec import UpdateCodec
 
 PATH = Path(__file__).with_name("secagg_vectors.json")
 DEVICES, NUMBERS = 5, 2_048

@@ -11,8 +11,9 @@ from fedge.errors import ConfigError
 from fedge.limits import STRATA
 from fedge.secagg.ring import add_words, zero_words
 from fedge.update import codec as coding
-from fedge.update.codec import SLACK, SPREADS, UpdateCodec, clip, decode, encode, first_codec, next_codec
+from fedge.update.codec import SLACK, SPREADS, clip, decode, encode, first_codec, next_codec
 from fedge.update.rotation import forward, padded_length
+from fedge.update.spec import UpdateCodec
 
 SEED = bytes(range(16))
 

@@ -11,8 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fedge.errors import ConfigError, IntegrityError
 from fedge.secagg.bloc import BlocSum
 from fedge.secagg.masks import Member
-from fedge.update.codec import UpdateCodec, aligned_spread, first_codec, next_codec
+from fedge.update.codec import aligned_spread, first_codec, next_codec
 from fedge.update.report import BlocReading, BuiltReport, add_carry, build_report, read_sum, report_layout
+from fedge.update.spec import UpdateCodec
 
 K, NUMBERS = 8, 3_000
 H = hashlib.sha256(b"an OPEN").digest()
