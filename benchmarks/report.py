@@ -142,10 +142,14 @@ def _cells(row: Row) -> tuple[str, ...]:
     goal = "" if row.goal is None else f"{row.goal} {'ok' if row.meets else 'MISSED'}"
     baseline = row.baseline or ""
     if row.baseline_value is not None:
-        baseline += f" = {row.baseline_value:.4g}"
-    spread = f"{row.spread[0]:.4g} .. {row.spread[1]:.4g}"
+        baseline += f" = {_number(row.baseline_value)}"
+    spread = f"{_number(row.spread[0])} .. {_number(row.spread[1])}"
     ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
-    return (row.figure, row.case, f"{row.value:,.4g}", spread, row.unit, goal, baseline, ratio)
+    return (row.figure, row.case, _number(row.value), spread, row.unit, goal, baseline, ratio)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _commit() -> str:
