@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from fedge.messages import Training
+from fedge.update.spec import UpdateCodec
 
 
 class VerifiedStamp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,7 +41,10 @@ class Memory(msgspec.Struct, frozen=True):
 class Job(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="command", tag=str.lower
 ):
-    """What every job over an adapter and a data file names. Hashes pin what is used; `threads` is the owner's cap."""
+    """What every job over an adapter and a data file names. Hashes pin what is used; `threads` is the owner's cap.
+
+    With `slot_count`, the job first waits for a training slot in the folder `slots` (`edge_agent.slots`).
+    """
 
     bundle: str
     adapter: str  # little-endian float32, in layout order
@@ -51,6 +55,8 @@ class Job(
     verified: VerifiedStamp | None = None
     adapter_sha256: bytes | None = None
     threads: int = 1
+    slots: str = ""
+    slot_count: int = 0
 
 
 class Train(Job, frozen=True):
@@ -69,6 +75,34 @@ class Train(Job, frozen=True):
 
 class Evaluate(Job, frozen=True):
     """The loss of every usable row of `data`."""
+
+
+class Seal(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="command", tag="seal"
+):
+    """Build the masked report of `transcript` from the file `delta`, and the file `carry` when one is named.
+
+    Writes `sent` (float32: what the report carries) and `report`. `roster` is (prekey, has AES instructions) by
+    position; `prekey` and `entropy` are secret, so a job is never logged.
+    """
+
+    transcript: bytes
+    delta: str
+    carry: str
+    sent: str
+    report: str
+    codec: UpdateCodec
+    position: int
+    roster: tuple[tuple[bytes, bool], ...]
+    prekey: bytes
+    entropy: bytes
+    loss_sum: float
+    labels: int
+    samples: int
+    steps: int
+
+    def __repr__(self) -> str:
+        return f"Seal({self.transcript.hex()})"
 
 
 # ---------------------------------------------------------------- worker -> agent
@@ -111,6 +145,13 @@ class Evaluated(Answer, frozen=True):
     counts: Counts
     verified: VerifiedStamp
     memory: Memory
+
+
+class Sealed(Answer, frozen=True):
+    """The masked report is durably on disk: its SHA-256 and its size in bytes."""
+
+    digest: bytes
+    size: int
 
 
 class Failed(Answer, frozen=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -19,7 +20,20 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
-from edge_agent.jobs import Answer, Evaluate, Evaluated, Failed, Job, Memory, Progress, Train, Trained
+from edge_agent.jobs import (
+    Answer,
+    Evaluate,
+    Evaluated,
+    Failed,
+    Job,
+    Memory,
+    Progress,
+    Seal,
+    Sealed,
+    Train,
+    Trained,
+)
+from edge_agent.slots import slot
 from fedge.errors import ConfigError, DataError, FedgeError, IntegrityError, NoInputError, UsageError
 from fedge.io import durable
 
@@ -33,6 +47,7 @@ if TYPE_CHECKING:
 
 Emit = Callable[[Answer], None]
 J = TypeVar("J", bound=msgspec.Struct)
+W = TypeVar("W", bound=Job)
 
 
 def train(job: Train, emit: Emit) -> Trained:
@@ -123,6 +138,23 @@ def evaluate(job: Evaluate, emit: Emit) -> Evaluated:
     )
 
 
+def seal(job: Seal, emit: Emit) -> Sealed:
+    """Carry out a Seal job."""
+    from edge_agent import sealing
+
+    return sealing.seal(job)
+
+
+def in_slot(run: Callable[[W, Emit], Answer]) -> Callable[[W, Emit], Answer]:
+    """`run`, but only while a training slot is held."""
+
+    def wait_and_run(job: W, emit: Emit) -> Answer:
+        with slot(Path(job.slots), job.slot_count):
+            return run(job, emit)
+
+    return wait_and_run
+
+
 def command(kind: type[J], run: Callable[[J, Emit], Answer]) -> Callable[[bytes, Emit], Answer]:
     """`run` for a line of JSON that holds a job of `kind`. Raises UsageError when it does not."""
 
@@ -137,13 +169,15 @@ def command(kind: type[J], run: Callable[[J, Emit], Answer]) -> Callable[[bytes,
 
 
 COMMANDS: Final[dict[str, Callable[[bytes, Emit], Answer]]] = {
-    "train": command(Train, train),
-    "evaluate": command(Evaluate, evaluate),
+    "train": command(Train, in_slot(train)),
+    "evaluate": command(Evaluate, in_slot(evaluate)),
+    "seal": command(Seal, seal),
 }
 
 
 def main() -> None:
-    """Serve jobs until standard input ends."""
+    """Serve jobs until standard input ends, or the agent does."""
+    _end_with_agent()
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # read once, when the libraries load; a pool costs 8 MB a thread
     for line in sys.stdin.buffer:
@@ -247,6 +281,13 @@ def memory_used() -> Memory:
         if key in found:
             found[key] = 1024 * int(rest.split()[0])
     return Memory(peak=found["VmHWM"], anonymous=found["RssAnon"])
+
+
+def _end_with_agent() -> None:
+    """A killed agent takes its worker along (prctl PR_SET_PDEATHSIG), so that no slot stays taken for nothing."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(1, signal.SIGKILL)
 
 
 def _give_back_memory() -> None:

@@ -1,0 +1,118 @@
+"""Figures for people: what this agent costs in memory and bytes. `stats.json` is replaced every few seconds.
+
+Bytes and rounds count from the day the device joined; memory counts from the start of this process. Memory is that
+of agent and worker together; the worker's own peak comes from the kernel (VmHWM), so nothing slips between two looks.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from edge_agent.resources import memory_of
+from fedge.errors import StorageError
+from fedge.io import durable
+
+_ROUNDS_KEPT: Final = 1_000
+_KB_IN_MB: Final = 1_024
+
+
+class Figures(msgspec.Struct, kw_only=True):
+    """What `stats.json` holds."""
+
+    at: float = 0.0
+    phase: str = ""
+    campaign: str = ""
+    link_up: bool = False
+    problem: str = ""
+    rss_mb: float = 0.0
+    idle_rss_mb: float = 0.0  # the agent's own, highest while no worker lived
+    peak_rss_mb: float = 0.0
+    peak_anonymous_mb: float = 0.0
+    mqtt_up_bytes: int = 0  # payload bytes
+    mqtt_down_bytes: int = 0
+    https_down_bytes: int = 0
+    rounds: int = 0
+    rounds_opened: int = 0
+    round_up_bytes: list[int] = []  # MQTT payload of each round, READY included
+    round_loss: list[float] = []  # mean training loss per token of each round trained here
+    seconds_per_step: float = 0.0
+
+
+class Stats:
+    """The running figures of one process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.figures = _earlier(path)
+        self._base = (
+            self.figures.mqtt_up_bytes,
+            self.figures.mqtt_down_bytes,
+            self.figures.https_down_bytes,
+        )
+        self._round_from = 0
+
+    def count_bytes(self, mqtt_up: int, mqtt_down: int, https_down: int) -> None:
+        """Bytes moved by this process so far."""
+        up, down, https = self._base
+        self.figures.mqtt_up_bytes = up + mqtt_up
+        self.figures.mqtt_down_bytes = down + mqtt_down
+        self.figures.https_down_bytes = https + https_down
+
+    def look(self, worker: int) -> int:
+        """Samples memory now; returns megabytes resident of agent and worker (process number, 0 for none)."""
+        own, other = memory_of(os.getpid()), memory_of(worker) if worker else memory_of(0)
+        figures = self.figures
+        figures.rss_mb = _mb(own.resident_kb + other.resident_kb)
+        figures.peak_rss_mb = max(figures.peak_rss_mb, _mb(own.resident_kb + other.peak_kb))
+        anonymous = _mb(own.anonymous_kb + other.anonymous_kb)
+        figures.peak_anonymous_mb = max(figures.peak_anonymous_mb, anonymous)
+        if not worker:
+            figures.idle_rss_mb = max(figures.idle_rss_mb, _mb(own.resident_kb))
+        return int(figures.rss_mb)
+
+    def worker_said(self, peak_bytes: int, anonymous_bytes: int) -> None:
+        """Memory as the worker itself saw it at a step."""
+        own = memory_of(os.getpid())
+        figures = self.figures
+        figures.peak_rss_mb = max(figures.peak_rss_mb, _mb(own.resident_kb + peak_bytes / 1_024))
+        figures.peak_anonymous_mb = max(
+            figures.peak_anonymous_mb, _mb(own.anonymous_kb + anonymous_bytes / 1_024)
+        )
+
+    def round_ended(self, mqtt_up: int) -> None:
+        """A round was opened or sat out; `mqtt_up` = payload bytes of this process so far."""
+        self.figures.rounds += 1
+        self.figures.round_up_bytes = [*self.figures.round_up_bytes, mqtt_up - self._round_from][
+            -_ROUNDS_KEPT:
+        ]
+        self._round_from = mqtt_up
+
+    def round_trained(self, loss: float) -> None:
+        """Training of a round is done, at this mean loss per token."""
+        self.figures.round_loss = [*self.figures.round_loss, loss][-_ROUNDS_KEPT:]
+
+    def write(self, at: float) -> None:
+        """Replaces the file. A full disk is no reason to stop: the figures are only for people."""
+        self.figures.at = at
+        try:
+            durable.write_bytes(self._path, msgspec.json.format(msgspec.json.encode(self.figures), indent=1))
+        except StorageError:
+            return
+
+
+def _earlier(path: Path) -> Figures:
+    """The figures of the process before, its memory forgotten."""
+    try:
+        figures = msgspec.json.decode(path.read_bytes(), type=Figures)
+    except (OSError, msgspec.MsgspecError):
+        return Figures()
+    figures.rss_mb = figures.idle_rss_mb = figures.peak_rss_mb = figures.peak_anonymous_mb = 0.0
+    return figures
+
+
+def _mb(kilobytes: float) -> float:
+    return round(kilobytes / _KB_IN_MB, 1)
