@@ -31,7 +31,6 @@ SPREADS: Final = 5.0  # a Gaussian passes 5 spreads once in 1.7 million; words t
 SLACK: Final = 1.15  # how much larger the next sum may be than the last
 CLIP_SLACK: Final = 1.25  # over the mean norm; touched no device on real people's messages
 FIRST_BITS: Final = 16  # while no sum is known
-ENTROPY_BYTES: Final = 32
 _PIECE: Final = 65_536  # numbers rounded at a time: cache-sized, and a multiple of STRATA
 
 
