@@ -9,8 +9,8 @@ FRAME_BYTES_HARD_MAX: Final = 98_304  # a receiver refuses above this before it 
 HEADER_BYTES_MAX: Final = 4_096  # frame header; the largest real one is under 400
 MESSAGE_BYTES_MAX: Final = 65_536  # any control message, OPEN with a full roster included
 CHUNK_BODY_BYTES: Final = 61_440  # body of a full chunk: 60 KB and a header stay below FRAME_BYTES_MAX
-TRANSFER_BYTES_MAX: Final = 2_000_000  # larger things go over HTTPS
 TRANSFER_CHUNKS_MAX: Final = 64
+TRANSFER_BYTES_MAX: Final = TRANSFER_CHUNKS_MAX * CHUNK_BODY_BYTES  # 3.9 MB; larger things go over HTTPS
 CHUNK_WINDOW: Final = 8  # chunks in flight; 4 to 8 measured best on lossy links
 
 ID_CHARS_MAX: Final = 64

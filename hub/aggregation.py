@@ -21,8 +21,8 @@ from fedge.errors import IntegrityError, ProtocolError
 from fedge.messages import Open, decode, decode_envelope
 from fedge.secagg.bloc import BlocSum
 from fedge.update import codec as coding
-from fedge.update.spec import UpdateCodec
 from fedge.update.report import read_sum, report_layout
+from fedge.update.spec import UpdateCodec
 from hub.effects import CampaignRow, RoundRow
 
 Vector = NDArray[np.float32]
@@ -109,7 +109,7 @@ def open_sum(row: RoundRow, numbers: int) -> OpenedSum:
         devices=devices,
         contributors=figures.contributors,
         spread=coding.spread(reading.total),
-        mean_norm=figures.norm * codec.clip / devices,
+        mean_norm=figures.norm * codec.clip / max(figures.contributors, 1),
         loss_sum=figures.loss_sum,
         labels=figures.labels,
         samples=figures.samples,

@@ -172,6 +172,8 @@ class RoundKeeper:
         try:
             opened = aggregation.open_sum(row, campaign.numbers)
         except ProtocolError as error:
+            # The same step would wrap again: the next OPEN starts from public bounds, at 16 bits.
+            yield self._save(msgspec.structs.replace(campaign, spread=0.0))
             yield from self._sit_out(now, row, error.name)
             return
         share = aggregation.share(self._devices_in_blocs(campaign.id), self._staleness(campaign, row))
