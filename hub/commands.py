@@ -87,14 +87,19 @@ def token(home: Path, count: int, minutes: float) -> None:
     if not 0 < minutes <= _MINUTES_MAX:
         hint = "more than 0, at most 30 days"
         raise UsageError("a token cannot live so long", field="minutes", value=minutes, hint=hint)
+    for text in new_tokens(home, count, minutes):
+        print(text)
+    print(f"good for {minutes:g} minutes, each for one device: fedge agent enroll TOKEN", file=sys.stderr)
+
+
+def new_tokens(home: Path, count: int, minutes: float) -> list[str]:
+    """Join tokens of the hub in `home`, each for one device."""
     with _store(home) as store:
         url = _url(store)
         pin = fingerprint((authority_folder(home) / "authority.pem").read_bytes())
-        registry = Registry(store, os.urandom)
-        for _ in range(count):
-            secret = registry.new_token(now=time.time(), seconds=60 * minutes)
-            print(JoinToken(url, pin, secret).text())
-    print(f"good for {minutes:g} minutes, each for one device: fedge agent enroll TOKEN", file=sys.stderr)
+        registry, until = Registry(store, os.urandom), 60 * minutes
+        secrets = [registry.new_token(now=time.time(), seconds=until) for _ in range(count)]
+    return [JoinToken(url, pin, secret).text() for secret in secrets]
 
 
 def campaign_start(home: Path, bundle: Path, wish: Wish) -> None:
