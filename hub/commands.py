@@ -52,11 +52,16 @@ def home_of(given: Path | None) -> Path:
     return given if given is not None else default_home()
 
 
-def init(home: Path, fleet: str) -> None:
-    """Creates a hub in `home`."""
-    authority = create_authority(home, fleet, now=time.time(), entropy=os.urandom)
+def create(home: Path, fleet: str) -> None:
+    """Creates a hub in `home`: authority first, database last."""
+    create_authority(home, fleet, now=time.time(), entropy=os.urandom)
     Store.open(home / FILE).close()
-    print(f"hub of {authority.fleet} created in {home}")
+
+
+def init(home: Path, fleet: str) -> None:
+    """`create`, and a word about it."""
+    create(home, fleet)
+    print(f"hub of {fleet} created in {home}")
     print(f"next: fedge hub up{_home_flag(home)}", file=sys.stderr)
 
 
@@ -102,10 +107,8 @@ def new_tokens(home: Path, count: int, minutes: float) -> list[str]:
     return [JoinToken(url, pin, secret).text() for secret in secrets]
 
 
-def campaign_start(home: Path, bundle: Path, wish: Wish) -> None:
+def new_campaign(home: Path, bundle: Path, wish: Wish) -> CampaignRow:
     """Checks a campaign, keeps its bundle and leaves it for the hub."""
-    from hub.server import is_running
-
     if not wish.name:
         wish = dataclasses.replace(wish, name=_campaign_name(bundle))
     with _store(home) as store:
@@ -114,6 +117,14 @@ def campaign_start(home: Path, bundle: Path, wish: Wish) -> None:
             raise UsageError("a campaign's name is used once", field="name", value=wish.name)
         row = make_campaign(wish, bundle, Blobs(home / "blobs"), _url(store))
         store.ask(row)
+    return row
+
+
+def campaign_start(home: Path, bundle: Path, wish: Wish) -> None:
+    """`new_campaign`, and when it begins."""
+    from hub.server import is_running
+
+    row = new_campaign(home, bundle, wish)
     print(row.id)
     begins = "it begins" if is_running(home) else f"it begins with `fedge hub up{_home_flag(home)}`"
     print(
