@@ -15,13 +15,13 @@ hub says is checked here against the pinned bloc, every signature and the owner'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from edge_agent import checks, effects
-from edge_agent.effects import Effect, Event
+from edge_agent.effects import AgentState, Effect, Event
 from edge_agent.round import FETCH_SECONDS, Phase, RoundWorker
 from fedge import topics
 from fedge.errors import FedgeError, ProtocolError
@@ -30,6 +30,7 @@ from fedge.messages import (
     Announcement,
     BlocCard,
     HubState,
+    Message,
     Open,
     Ready,
     Receipt,
@@ -37,6 +38,8 @@ from fedge.messages import (
     decode,
     decode_envelope,
 )
+
+M = TypeVar("M", bound=Message)
 
 READY_SECONDS: Final = 60.0  # an unanswered READY is said again; the hub may have lost it
 STAY_SECONDS: Final = 86_400  # a device that says READY expects to stay for a day unless its owner says less
@@ -48,16 +51,19 @@ class Agent(RoundWorker):
     # ------------------------------------------------------------ entry
     def handle(self, now: float, event: Event) -> list[Effect]:
         """The effects of `event` at Unix time `now`, in the order in which they must be carried out."""
+        done: list[Effect] = []  # what was decided before a refusal stands, in the state as on the disk
         try:
             key, argument = self._read(now, event)
             handler = TRANSITIONS[self.phase].get(key) or ALWAYS.get(key)
             if handler is None:
                 return self._refuse(key)
-            return list(handler(self, now, argument))
+            for effect in handler(self, now, argument):
+                done.append(effect)
         except ProtocolError as error:
-            return [effects.Tell(str(error), error.name)]
+            done.append(effects.Tell(str(error), error.name))
         except FedgeError as error:
-            return [effects.Tell(str(error), type(error).__name__)]
+            done.append(effects.Tell(str(error), type(error).__name__.removesuffix("Error").lower()))
+        return done
 
     def _refuse(self, key: type) -> list[Effect]:
         name = REFUSALS[key]
@@ -70,23 +76,24 @@ class Agent(RoundWorker):
         if event.topic == topics.HUB_STATE:
             return HubState, decode(event.payload, HubState)
         if event.topic == topics.receipts(self.device):
-            return Receipt, self.verifier.open(event.payload, Receipt, role="hub", now=now).message
+            return Receipt, self._from_hub(now, event.payload, Receipt).message
         if event.topic == topics.commands(self.device):
-            return self._read_command(now, event.payload)
+            kind = checks.command_kind(decode_envelope(event.payload).body)
+            return kind, (self._from_hub(now, event.payload, kind), event.payload)
         return Announcement, (
             self.verifier.open(event.payload, Announcement, role="hub", now=now),
             event.payload,
         )
 
-    def _read_command(self, now: float, payload: bytes) -> tuple[type, object]:
-        kind = checks.command_kind(decode_envelope(payload).body)
+    def _from_hub(self, now: float, payload: bytes, kind: type[M]) -> Opened[M]:
+        """A message of the campaign's own hub; another hub of the fleet has no say in it."""
         opened = self.verifier.open(payload, kind, role="hub", now=now)
         hub = self.announcement.hub if self.state.announcement else opened.subject
         if opened.subject != hub:
             raise ProtocolError(
                 "wrong-hub", "another hub than the campaign's", field="hub", value=opened.subject
             )
-        return kind, (opened, payload)
+        return opened
 
     # ------------------------------------------------------------ start and link
     def _started(self, now: float, event: effects.Started) -> Iterator[Effect]:
@@ -140,17 +147,41 @@ class Agent(RoundWorker):
     # ------------------------------------------------------------ campaign
     def _announced(self, now: float, argument: tuple[Opened[Announcement], bytes]) -> Iterator[Effect]:
         opened, envelope = argument
-        if opened.message.sequence <= self.state.sequence:
+        new, current = opened.message, self.announcement if self.state.announcement else None
+        if new.sequence <= self.state.sequence:
             return
-        current = self.announcement if self.state.announcement else None
+        if current is not None and new.campaign != current.campaign and not current.closed:
+            self.later = opened, envelope  # its turn comes when the running campaign closes
+            return
         checks.announcement(opened, current, self.policy)
-        switching = current is None or current.campaign != opened.message.campaign
-        if switching:
-            yield self._save(announcement=envelope, sequence=opened.message.sequence, card=b"", last_round=0)
-        else:
-            yield self._save(announcement=envelope, sequence=opened.message.sequence)
-        if not self.state.opened and (switching or opened.message.closed):
+        if current is None or current.campaign != new.campaign:
+            yield from self._follow(now, new.sequence, envelope)
+            return
+        yield self._save(announcement=envelope, sequence=new.sequence)
+        if new.closed and not self.state.opened:
             yield from self._resume(now)
+        if new.closed and self.later is not None:
+            yield from self._announced(now, self.later)
+
+    def _follow(self, now: float, sequence: int, envelope: bytes) -> Iterator[Effect]:
+        """Another campaign: its bloc, rounds and adapter have nothing to do with what was before."""
+        if self.phase in (Phase.TRAINING, Phase.SEALING):
+            yield effects.StopWork(self.transcript)
+        yield from self._cancel_timers()
+        if self.state.announcement:
+            yield effects.DropCarry(self.transcript)
+        self.outgoing, self.later = None, None
+        fresh = AgentState(
+            boot=self.state.boot,
+            counter=self.state.counter,
+            sequence=sequence,
+            announcement=envelope,
+            bundle=self.state.bundle,
+            rounds_opened=self.state.rounds_opened,
+            seconds_per_step=self.state.seconds_per_step,
+        )
+        yield self._save(**msgspec.structs.asdict(fresh))
+        yield from self._resume(now)
 
     def _bundle_here(self, now: float, event: effects.Fetched) -> Iterator[Effect]:
         if event.sha256 == self.announcement.manifest.sha256:
@@ -163,7 +194,8 @@ class Agent(RoundWorker):
             yield effects.SetTimer("fetch", FETCH_SECONDS)
 
     def _fetch_again(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
-        yield effects.FetchBundle(self.announcement)
+        if event.name == "fetch":
+            yield effects.FetchBundle(self.announcement)
 
     def _pin_card(self, now: float, argument: tuple[Opened[BlocCard], bytes]) -> Iterator[Effect]:
         opened, envelope = argument
@@ -200,6 +232,13 @@ class Agent(RoundWorker):
         if event.name == "ready":
             yield self._say_ready()
             yield effects.SetTimer("ready", READY_SECONDS)
+
+    def _missed(self, now: float, argument: tuple[Opened[Result], bytes]) -> Iterator[Effect]:
+        """A round was opened with our READY and ended without us: that READY is spent, a fresh one is said."""
+        result = argument[0].message
+        if result.campaign == self.announcement.campaign and result.round > self.state.last_round:
+            yield self._save(last_round=result.round, ready=b"", prekey=b"")
+            yield from self._offer(now)
 
     def _open(self, now: float, argument: tuple[Opened[Open], bytes]) -> Iterator[Effect]:
         opened, envelope = argument
@@ -249,6 +288,7 @@ TRANSITIONS: Final[dict[Phase, dict[type, Handler]]] = {
         effects.TimerFired: Agent._ready_again,
         BlocCard: Agent._pin_card,
         Open: Agent._open,
+        Result: Agent._missed,
     },
     Phase.LOADING: {
         **_ROUND,

@@ -16,24 +16,24 @@ from edge_agent.policy import Policy
 from fedge import limits
 from fedge.errors import PolicyError, ProtocolError
 from fedge.identity import Opened, Verifier
-from fedge.messages import Announcement, BlocCard, Message, Open, Ready, Result, decode, decode_envelope
+from fedge.messages import (
+    Announcement,
+    BlocCard,
+    Message,
+    Open,
+    Ready,
+    Result,
+    decode,
+    decode_envelope,
+    kind_in,
+)
 
 _COMMANDS: Final[dict[str, type[Message]]] = {"bloccard": BlocCard, "open": Open, "result": Result}
 
 
-class _Tag(msgspec.Struct):
-    type: str
-
-
 def command_kind(body: bytes) -> type[Message]:
     """Which command a body claims to be; only the kinds a hub may send on a command topic."""
-    try:
-        tag = msgspec.msgpack.decode(body, type=_Tag).type
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise ProtocolError("malformed", "command cannot be read", value=str(error)) from error
-    if tag not in _COMMANDS:
-        raise ProtocolError("unexpected", "no command of a hub", field="type", value=tag)
-    return _COMMANDS[tag]
+    return kind_in(body, _COMMANDS)
 
 
 def announcement(opened: Opened[Announcement], current: Announcement | None, policy: Policy) -> None:
@@ -48,7 +48,9 @@ def announcement(opened: Opened[Announcement], current: Announcement | None, pol
     if current is None or (current.closed and new.campaign != current.campaign):
         return
     moving = {"sequence": 0, "closed": False, "adapter": current.adapter, "adapter_version": 0, "url": ""}
-    if msgspec.structs.replace(new, **moving) != msgspec.structs.replace(current, **moving):
+    same = msgspec.structs.replace(new, **moving) == msgspec.structs.replace(current, **moving)
+    forward = new.adapter_version >= current.adapter_version and new.closed >= current.closed
+    if not same or not forward or new.adapter.size != current.adapter.size:
         raise ProtocolError(
             "changed-campaign", "a running campaign cannot change", field="campaign", value=new.campaign
         )
@@ -100,8 +102,6 @@ def round_opening(
         raise ProtocolError(
             "other-model", "not the campaign's model", field="manifest", value=opening.manifest.hex()
         )
-    if opening.codec.bits not in limits.RING_BITS:
-        raise ProtocolError("bad-codec", "no such word width", field="bits", value=opening.codec.bits)
     members = decode(body, BlocCard).members
     _check_floor(len(members), policy)
     if not len(opening.roster) == len(opening.steps) == len(members):

@@ -6,7 +6,7 @@ of virtual time. Effects are carried out in order, and a `Save` is durable befor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -33,6 +33,10 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     accepted: bool = False
     rounds_opened: int = 0
     seconds_per_step: float = 0.0
+
+    def __repr__(self) -> str:
+        """Without the prekey: whoever reads it in a log could take this device's masks off."""
+        return f"AgentState(boot={self.boot}, counter={self.counter}, last_round={self.last_round})"
 
 
 # ---------------------------------------------------------------- events
@@ -191,8 +195,8 @@ class Seal:
     codec: UpdateCodec
     position: int
     roster: tuple[tuple[bytes, bool], ...]
-    prekey: bytes
-    entropy: bytes
+    prekey: bytes = field(repr=False)
+    entropy: bytes = field(repr=False)
     loss_sum: float
     labels: int
     samples: int

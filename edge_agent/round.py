@@ -22,8 +22,8 @@ from fedge import topics
 from fedge.frames import Outgoing
 from fedge.identity import Opened, Signer, Verifier
 from fedge.messages import (
+    UNKNOWN_ROUND,
     Announcement,
-    BlocCard,
     Decline,
     Facts,
     Open,
@@ -73,7 +73,7 @@ class RoundWorker(ABC):
         self.epoch = -1
         self.silences = 0
         self.outgoing: Outgoing | None = None
-        self.trained: effects.Trained | None = None
+        self.later: tuple[Opened[Announcement], bytes] | None = None
 
     @abstractmethod
     def _resume(self, now: float) -> Iterator[Effect]:
@@ -98,6 +98,10 @@ class RoundWorker(ABC):
     def _save(self, **changes: object) -> effects.Save:
         self.state = msgspec.structs.replace(self.state, **changes)
         return effects.Save(self.state)
+
+    def _cancel_timers(self) -> Iterator[Effect]:
+        for timer in ("ready", "receipt", "result", "fetch"):
+            yield effects.CancelTimer(timer)
 
     # ------------------------------------------------------------ training and sealing
     def _load(self) -> Iterator[Effect]:
@@ -125,14 +129,14 @@ class RoundWorker(ABC):
         return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
 
     def _position(self, opening: Open) -> int:
-        members = decode(decode_envelope(self.state.card).body, BlocCard).members
-        return members.index(self.device)
+        """Our place in the roster, which holds our READY as we said it: `checks.roster` saw to that."""
+        return opening.roster.index(self.state.ready)
 
     def _consume(self, now: float, event: effects.Trained) -> Iterator[Effect]:
         if event.transcript != self.transcript:
             return
         opening = self.open_message
-        self.phase, self.trained = Phase.SEALING, event
+        self.phase = Phase.SEALING
         pace = float(f"{event.seconds / max(event.steps, 1):.2g}")
         yield self._save(consumed=event.transcript, seconds_per_step=pace)
         yield effects.Seal(
@@ -168,13 +172,15 @@ class RoundWorker(ABC):
             yield effects.SetTimer("fetch", FETCH_SECONDS)
 
     def _load_again(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
-        yield effects.FetchBlob(self.announcement.url, self.open_message.adapter)
+        if event.name == "fetch":
+            yield effects.FetchBlob(self.announcement.url, self.open_message.adapter)
 
     def _sit_out(self, reason: str) -> Iterator[Effect]:
         """Declines the running round: what was to be sent is carried, and the RESULT ends the round."""
+        opening = self.open_message
         decline = Decline(
-            campaign=self.announcement.campaign,
-            bloc=self.open_message.bloc,
+            campaign=opening.campaign,
+            bloc=opening.bloc,
             device=self.device,
             transcript=self.transcript,
             reason=reason,
@@ -258,9 +264,10 @@ class RoundWorker(ABC):
         transcript = self.transcript
         if self.phase in (Phase.TRAINING, Phase.SEALING):
             yield effects.StopWork(transcript)
-        for timer in ("receipt", "result", "fetch"):
-            yield effects.CancelTimer(timer)
-        yield effects.DropCarry(transcript) if result.opened else effects.KeepCarry(transcript)
+        yield from self._cancel_timers()
+        # A hub that does not know the round cannot say that its sum was never opened: count nothing twice.
+        lost = result.opened or result.reason == UNKNOWN_ROUND
+        yield effects.DropCarry(transcript) if lost else effects.KeepCarry(transcript)
         self.outgoing = None
         yield self._save(
             opened=b"",

@@ -21,6 +21,10 @@ class JoinToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     authority: Annotated[bytes, Meta(min_length=32, max_length=32)]
     secret: Annotated[bytes, Meta(min_length=20, max_length=20)]
 
+    def __repr__(self) -> str:
+        """Without the secret."""
+        return f"JoinToken(url={self.url!r})"
+
     def text(self) -> str:
         """The token as one printable word."""
         return _PREFIX + base64.urlsafe_b64encode(msgspec.msgpack.encode(self)).decode().rstrip("=")
@@ -28,8 +32,11 @@ class JoinToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     @staticmethod
     def parse(text: str) -> JoinToken:
         """The token in `text`; ProtocolError `bad-token` when it is none."""
-        body = text.strip().removeprefix(_PREFIX)
+        word = text.strip()
+        body = word.removeprefix(_PREFIX)
         try:
+            if body == word:
+                raise ValueError("no prefix")
             return msgspec.msgpack.decode(
                 base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=JoinToken
             )
@@ -46,6 +53,10 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls_key: Annotated[str, Meta(max_length=1_024)]
     identity_key: Key
     name: Name = ""
+
+    def __repr__(self) -> str:
+        """Without the secret."""
+        return f"JoinRequest(name={self.name!r}, identity_key={self.identity_key.hex()})"
 
 
 class JoinReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,13 +8,14 @@ and receipt of that round is bound to it. Decoding refuses unknown fields and an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Final, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from fedge import limits
-from fedge.errors import ProtocolError
+from fedge.errors import ConfigError, ProtocolError
 from fedge.lora import LoraConfig
 from fedge.update.spec import UpdateCodec
 
@@ -171,6 +172,9 @@ class Receipt(Message, frozen=True):
     refused: Name = ""
 
 
+UNKNOWN_ROUND: Final = "unknown-round"  # reason of a RESULT for a round that the hub has forgotten
+
+
 class Result(Message, frozen=True):
     """hub -> bloc, signed: the bloc's sum was opened, or the bloc sat the round out."""
 
@@ -204,7 +208,13 @@ AnyMessage = (
 )
 M = TypeVar("M", bound=Message)
 
+
+class _Tag(msgspec.Struct):
+    type: str
+
+
 _encoder: Final = msgspec.msgpack.Encoder()
+_tag_decoder: Final = msgspec.msgpack.Decoder(_Tag)
 _decoder: Final = msgspec.msgpack.Decoder(AnyMessage)
 _envelope_decoder: Final = msgspec.msgpack.Decoder(Envelope)
 
@@ -215,10 +225,12 @@ def encode(message: Message | Envelope) -> bytes:
 
 
 def decode(data: bytes, kind: type[M]) -> M:
-    """The message of type `kind` in `data`, or ProtocolError `malformed`, `oversize` or `unexpected`."""
+    """The message of type `kind` in `data`, or ProtocolError: `malformed`, `oversize`, `unexpected`, `bad-codec`."""
     _check_size(data)
     try:
         message = _decoder.decode(data)
+    except ConfigError as error:  # the codec checks itself when it is made
+        raise ProtocolError("bad-codec", error.what, field=error.field, value=error.value) from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(
             "malformed", "message cannot be read", field=kind.__name__, value=str(error)
@@ -239,6 +251,24 @@ def decode_envelope(data: bytes) -> Envelope:
         raise ProtocolError(
             "malformed", "envelope cannot be read", field="envelope", value=str(error)
         ) from error
+
+
+def kind_in(body: bytes, kinds: Mapping[str, type[Message]]) -> type[Message]:
+    """Which of `kinds` (by tag) a message's bytes claim to be; ProtocolError `malformed` or `unexpected`."""
+    _check_size(body)
+    try:
+        tag = _tag_decoder.decode(body).type
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ProtocolError("malformed", "message cannot be read", value=str(error)) from error
+    if tag not in kinds:
+        raise ProtocolError(
+            "unexpected",
+            "no message for this topic",
+            field="type",
+            value=tag,
+            hint=f"One of {', '.join(kinds)}.",
+        )
+    return kinds[tag]
 
 
 def _check_size(data: bytes) -> None:

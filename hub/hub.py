@@ -33,10 +33,11 @@ from fedge.messages import (
     decode,
     decode_envelope,
     encode,
+    kind_in,
 )
 from hub import aggregation, effects, scheduler
 from hub.effects import BlocRow, CampaignRow, Effect, Event, LedgerEntry, RoundRow, Save
-from hub.rounds import RoundKeeper
+from hub.rounds import REFUSED_SECONDS, RoundKeeper
 
 TICK_SECONDS: Final = 5.0
 REPEAT_SECONDS: Final = 30.0  # an OPEN that a member has not answered is said again
@@ -48,16 +49,16 @@ class Hub(RoundKeeper):
     # ------------------------------------------------------------ entry
     def handle(self, now: float, event: Event) -> list[Effect]:
         """The effects of `event` at Unix time `now`, in the order in which they must be carried out."""
+        done: list[Effect] = []  # what was decided before a refusal stands, in memory as in the rows
         try:
-            return list(self._dispatch(now, event))
+            for effect in self._dispatch(now, event):
+                done.append(effect)
         except ProtocolError as error:
             device = topics.device_of(event.topic) if isinstance(event, effects.Received) else ""
-            entry = LedgerEntry(
-                at=now, kind="refused", device=device, detail={"name": error.name, "what": str(error)}
-            )
-            return [Save(entry), effects.Tell(f"{device}: {error}", error.name)]
+            done += self._refused(now, device, error.name, str(error))
         except FedgeError as error:
-            return [effects.Tell(str(error), type(error).__name__)]
+            done.append(effects.Tell(str(error), type(error).__name__.removesuffix("Error").lower()))
+        return done
 
     def _dispatch(self, now: float, event: Event) -> Iterator[Effect]:
         match event:
@@ -85,7 +86,7 @@ class Hub(RoundKeeper):
             )
 
     def _control(self, now: float, device: str, payload: bytes) -> Iterator[Effect]:
-        kind = _control_kind(decode_envelope(payload).body)
+        kind = kind_in(decode_envelope(payload).body, _CONTROLS)
         opened = self.verifier.open(payload, kind, role="device", now=now)
         message = opened.message
         assert isinstance(message, (Ready, Report, Decline))
@@ -115,6 +116,7 @@ class Hub(RoundKeeper):
         yield effects.SetTimer("tick", TICK_SECONDS)
 
     def _tick(self, now: float) -> Iterator[Effect]:
+        self.refused = {key: at for key, at in self.refused.items() if now < at + REFUSED_SECONDS}
         for row in self._open_rounds():
             if now > row.opened_at + self.campaigns[row.campaign].window_seconds:
                 yield from self._sit_out(now, row, "window-over")
@@ -140,45 +142,61 @@ class Hub(RoundKeeper):
             raise ProtocolError(
                 "campaign-exists", "a campaign's name is used once", field="campaign", value=row.id
             )
-        newest = max((known.sequence for known in self.campaigns.values()), default=0)
-        row = msgspec.structs.replace(row, sequence=newest + 1)
+        row = msgspec.structs.replace(row, sequence=self._next_sequence())
         yield self._save(row)
         yield Save(LedgerEntry(at=now, kind="campaign", campaign=row.id, detail={"rounds": row.rounds}))
         yield self._announce(row)
 
-    def _running(self, campaign: str) -> CampaignRow:
-        row = self.campaigns.get(campaign)
-        if row is None or row.closed:
-            raise ProtocolError(
-                "no-campaign", "no such campaign is running", field="campaign", value=campaign
-            )
-        return row
-
     # ------------------------------------------------------------ ready, form, open
     def _ready(self, now: float, ready: Ready, envelope: bytes) -> Iterator[Effect]:
-        campaign = self._running(ready.campaign)
+        campaign = self.campaigns.get(ready.campaign)
+        if campaign is None:
+            raise ProtocolError("no-campaign", "no such campaign", field="campaign", value=ready.campaign)
+        if campaign.closed:
+            yield from self._announce_again(now, campaign)
+            return
+        if ready.facts.samples_bucket == 0:
+            raise ProtocolError("empty-member", "a device without data has no place", field="device")
         known = self.ready.get((campaign.id, ready.device))
         if known is not None and known[1] == envelope:
             return
         newest = known[0].counter if known is not None else self._device(ready.device).counter
         if ready.counter <= newest:
-            raise ProtocolError(
-                "replayed-ready", "READY counters must grow", field="counter", value=ready.counter
-            )
+            yield from self._spent_ready(ready, envelope)
+            return
         self.ready[campaign.id, ready.device] = ready, envelope
-        yield Save(LedgerEntry(at=now, kind="ready", campaign=campaign.id, device=ready.device))
+        if known is None:
+            yield Save(LedgerEntry(at=now, kind="ready", campaign=campaign.id, device=ready.device))
         if not any(key[0] == campaign.id for key in self.blocs):
             yield from self._form(now, campaign)
         for bloc in list(self.blocs.values()):
             if bloc.campaign == campaign.id and ready.device in bloc.members:
                 yield from self._open_if_ready(now, campaign, bloc)
 
+    def _announce_again(self, now: float, campaign: CampaignRow) -> Iterator[Effect]:
+        """Tells whoever has not heard that the campaign is closed; one announcement serves many askers."""
+        if now >= self.announced.get(campaign.id, 0.0) + REPEAT_SECONDS:
+            self.announced[campaign.id] = now
+            yield self._announce(campaign)
+
+    def _spent_ready(self, ready: Ready, envelope: bytes) -> Iterator[Effect]:
+        """A READY that a round was opened with: its sender missed the OPEN, or all of the round."""
+        for row in self.rounds.values():
+            members = self.blocs[row.campaign, row.bloc].members
+            if row.campaign != ready.campaign or ready.device not in members:
+                continue
+            if envelope in decode(decode_envelope(row.envelope).body, Open).roster:
+                if row.state == "open":
+                    yield from self._say_open(row, only=ready.device)
+                else:
+                    yield effects.Publish(topics.commands(ready.device), row.result)
+                return
+        raise ProtocolError(
+            "replayed-ready", "READY counters must grow", field="counter", value=ready.counter
+        )
+
     def _form(self, now: float, campaign: CampaignRow) -> Iterator[Effect]:
-        present = {
-            device: ready
-            for (name, device), (ready, _) in self.ready.items()
-            if name == campaign.id and ready.facts.samples_bucket > 0
-        }
+        present = {device: ready for (name, device), (ready, _) in self.ready.items() if name == campaign.id}
         if len(present) < campaign.form_at_devices:
             return
         beacon = self.entropy(32)
@@ -248,18 +266,4 @@ class Hub(RoundKeeper):
                 yield effects.Publish(topics.commands(member), row.envelope)
 
 
-class _Tag(msgspec.Struct):
-    type: str
-
-
 _CONTROLS: Final[dict[str, type[Message]]] = {"ready": Ready, "report": Report, "decline": Decline}
-
-
-def _control_kind(body: bytes) -> type[Message]:
-    try:
-        tag = msgspec.msgpack.decode(body, type=_Tag).type
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise ProtocolError("malformed", "message cannot be read", value=str(error)) from error
-    if tag not in _CONTROLS:
-        raise ProtocolError("unexpected", "no message of a device", field="type", value=tag)
-    return _CONTROLS[tag]

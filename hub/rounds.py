@@ -17,11 +17,12 @@ from fedge import limits, topics
 from fedge.errors import ProtocolError
 from fedge.frames import Incoming, decode_frame
 from fedge.identity import Signer, Verifier
-from fedge.messages import Announcement, BlobRef, Decline, Ready, Receipt, Report, Result
+from fedge.messages import UNKNOWN_ROUND, Announcement, BlobRef, Decline, Ready, Receipt, Report, Result
 from hub import aggregation, effects
 from hub.effects import BlocRow, CampaignRow, DeviceRow, Effect, LedgerEntry, RoundRow, Save
 
 RECEIPT_EVERY: Final = 4  # chunks between bitmaps
+REFUSED_SECONDS: Final = 60.0
 
 
 class RoundKeeper:
@@ -46,6 +47,8 @@ class RoundKeeper:
         self.ready: dict[tuple[str, str], tuple[Ready, bytes]] = {}  # (campaign, device) -> READY, envelope
         self.incoming: dict[tuple[bytes, str], Incoming] = {}
         self.repeated: dict[bytes, float] = {}
+        self.announced: dict[str, float] = {}  # when a closed campaign was last announced again
+        self.refused: dict[tuple[str, str], float] = {}  # (device, name) of refusals -> when it was told
         for row in rows:
             self._keep(row)
 
@@ -56,11 +59,19 @@ class RoundKeeper:
             case BlocRow():
                 self.blocs[row.campaign, row.id] = row
             case RoundRow():
-                self.rounds[row.transcript] = row
+                self._keep_round(row)
             case DeviceRow():
                 self.devices[row.id] = row
             case LedgerEntry():
                 pass  # the ledger is for people; no decision reads it
+
+    def _keep_round(self, row: RoundRow) -> None:
+        """Only a bloc's newest round: until a member has heard its end it says no READY, so no later one opens."""
+        for other in [other for other in self.rounds.values() if _bloc_of(other) == _bloc_of(row)]:
+            if other.round > row.round:
+                return
+            del self.rounds[other.transcript]
+        self.rounds[row.transcript] = row
 
     def _save(self, row: effects.Row) -> Save:
         self._keep(row)
@@ -86,21 +97,43 @@ class RoundKeeper:
         )
         return effects.Publish(topics.announcement(row.id), self.signer.seal(announcement), retain=True)
 
+    def _refused(self, now: float, device: str, name: str, what: str) -> Iterator[Effect]:
+        """At most one line per device and name in REFUSED_SECONDS: a flood must not fill the disk."""
+        if now < self.refused.get((device, name), 0.0) + REFUSED_SECONDS:
+            return
+        self.refused[device, name] = now
+        yield Save(LedgerEntry(at=now, kind="refused", device=device, detail={"name": name, "what": what}))
+        yield effects.Tell(f"{device}: {what}", name)
+
     # ------------------------------------------------------------ reports
-    def _member_round(self, message: Report | Decline) -> RoundRow:
-        row = self.rounds.get(message.transcript)
-        if row is None or (row.campaign, row.bloc) != (message.campaign, message.bloc):
-            raise ProtocolError(
-                "unknown-round", "no such round", field="transcript", value=message.transcript.hex()
-            )
-        if message.device not in self.blocs[row.campaign, row.bloc].members:
+    def _member_round(self, message: Report | Decline) -> RoundRow | None:
+        """The round a member speaks of; None for one that was dropped from memory, or never was."""
+        bloc = self.blocs.get((message.campaign, message.bloc))
+        if bloc is None or message.device not in bloc.members:
             raise ProtocolError(
                 "not-a-member", "not a member of that bloc", field="device", value=message.device
             )
-        return row
+        row = self.rounds.get(message.transcript)
+        return row if row is not None and _bloc_of(row) == (message.campaign, message.bloc) else None
+
+    def _forgotten(self, now: float, message: Report | Decline) -> Iterator[Effect]:
+        """A signed end for a round that this hub has not got, or the device would ask for ever."""
+        result = Result(
+            campaign=message.campaign,
+            bloc=message.bloc,
+            round=0,
+            transcript=message.transcript,
+            opened=False,
+            reason=UNKNOWN_ROUND,
+        )
+        yield effects.Publish(topics.commands(message.device), self.signer.seal(result))
+        yield from self._refused(now, message.device, UNKNOWN_ROUND, "speaks of a round that is not known")
 
     def _report(self, now: float, report: Report) -> Iterator[Effect]:
         row = self._member_round(report)
+        if row is None:
+            yield from self._forgotten(now, report)
+            return
         if row.state != "open":
             yield effects.Publish(topics.commands(report.device), row.result)
             return
@@ -122,10 +155,7 @@ class RoundKeeper:
         yield self._save(
             msgspec.structs.replace(self._device(report.device), quarantined="changed its report")
         )
-        yield Save(
-            LedgerEntry(at=now, kind="refused", device=report.device, detail={"name": "changed-report"})
-        )
-        yield effects.Tell(f"{report.device} offered a second, different report", "changed-report")
+        yield from self._refused(now, report.device, "changed-report", "offered a second, different report")
         yield self._receipt(report.device, report.transcript, report.digest, b"", refused="changed-report")
 
     def _chunk(self, now: float, device: str, payload: bytes) -> Iterator[Effect]:
@@ -187,7 +217,7 @@ class RoundKeeper:
             campaign,
             adapter=ref,
             adapter_version=campaign.adapter_version + 1,
-            sequence=max(known.sequence for known in self.campaigns.values()) + 1,
+            sequence=self._next_sequence(),
             spread=opened.spread or campaign.spread,
             mean_norm=opened.mean_norm or campaign.mean_norm,
             closed=done,
@@ -198,6 +228,18 @@ class RoundKeeper:
         yield from self._say_result(row)
         if done:
             yield Save(LedgerEntry(at=now, kind="closed", campaign=campaign.id))
+            self.ready = {key: said for key, said in self.ready.items() if key[0] != campaign.id}
+            yield from self._announce_others()
+
+    def _announce_others(self) -> Iterator[Effect]:
+        """Running campaigns, under newer numbers: devices that were bound to the closed one may join them now."""
+        for campaign in [campaign for campaign in self.campaigns.values() if not campaign.closed]:
+            renewed = msgspec.structs.replace(campaign, sequence=self._next_sequence())
+            yield self._save(renewed)
+            yield self._announce(renewed)
+
+    def _next_sequence(self) -> int:
+        return 1 + max((known.sequence for known in self.campaigns.values()), default=0)
 
     def _blocs_of(self, campaign: str) -> list[BlocRow]:
         return [bloc for bloc in self.blocs.values() if bloc.campaign == campaign]
@@ -211,7 +253,9 @@ class RoundKeeper:
 
     def _decline(self, now: float, decline: Decline) -> Iterator[Effect]:
         row = self._member_round(decline)
-        if row.state == "open":
+        if row is None:
+            yield from self._forgotten(now, decline)
+        elif row.state == "open":
             yield from self._sit_out(now, row, f"{decline.device}: {decline.reason}"[: limits.NAME_CHARS_MAX])
         else:
             yield effects.Publish(topics.commands(decline.device), row.result)
@@ -238,9 +282,14 @@ class RoundKeeper:
                 at=now, kind=state, campaign=row.campaign, bloc=row.bloc, round=row.round, detail=detail
             )
         )
+        self.repeated.pop(row.transcript, None)
         for key in [key for key in self.incoming if key[0] == row.transcript]:
             del self.incoming[key]
 
     def _say_result(self, row: RoundRow) -> Iterator[Effect]:
         for member in self.blocs[row.campaign, row.bloc].members:
             yield effects.Publish(topics.commands(member), self.rounds[row.transcript].result)
+
+
+def _bloc_of(row: RoundRow) -> tuple[str, str]:
+    return row.campaign, row.bloc

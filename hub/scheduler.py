@@ -46,7 +46,7 @@ def plan_steps(ready: Ready, steps: int) -> int:
     if pace <= 0:
         return steps
     least = max(1, math.ceil(WORK_FLOOR * steps))
-    return max(least, min(steps, int(WORK_SECONDS / pace)))
+    return max(least, int(min(steps, WORK_SECONDS / pace)))  # a tiny pace divides to infinity
 
 
 def balance(steps: tuple[int, ...]) -> tuple[int, ...]:
