@@ -45,8 +45,8 @@ OPERATORS: Final = frozenset(
         LayerNormalization Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow QuantizeLinear Range Reciprocal
         ReduceMax ReduceMean ReduceSum Relu Reshape ScatterND Shape Sigmoid Sign Sin Slice Softmax Split Sqrt Squeeze
         Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where
-        com.microsoft::DynamicQuantizeMatMul com.microsoft::FastGelu com.microsoft::GatherBlockQuantized
-        com.microsoft::Gelu com.microsoft::MatMulBnb4 com.microsoft::MatMulNBits com.microsoft::QuickGelu
+        com.microsoft:DynamicQuantizeMatMul com.microsoft:FastGelu com.microsoft:GatherBlockQuantized
+        com.microsoft:Gelu com.microsoft:MatMulBnb4 com.microsoft:MatMulNBits com.microsoft:QuickGelu
         """
     )
 )

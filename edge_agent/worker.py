@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from edge_agent.bundle import Bundle
     from edge_agent.dataset import Dataset
-    from edge_agent.trainer import StepResult, Trainer
+    from edge_agent.trainer import RoundOutcome, StepResult, Trainer
 
 Emit = Callable[[Answer], None]
 J = TypeVar("J", bound=msgspec.Struct)
@@ -52,39 +53,12 @@ W = TypeVar("W", bound=Job)
 
 def train(job: Train, emit: Emit) -> Trained:
     """Carry out a Train job."""
-    from edge_agent.dataset import batches
-
     if job.steps < 1:
         raise ConfigError("a round has at least one step", field="steps", value=job.steps)
     bundle, dataset = _prepare(job)
     trainer = _trainer(bundle, job)
-    adapter = _floats(Path(job.adapter), trainer.layout.numbers, job.adapter_sha256)
-    endless = batches(
-        dataset.rows,
-        size=job.training.batch_rows,
-        seed=job.data_seed,
-        pad_id=bundle.manifest.pad_id,
-        start=job.start,
-    )
-    from edge_agent.trainer import train_round
-
-    def after_step(done: int, step: StepResult) -> None:
-        emit(
-            Progress(
-                done=done, of=job.steps, loss_sum=step.loss_sum, labels=step.labels, memory=memory_used()
-            )
-        )
-
     began = time.monotonic()
-    outcome = train_round(
-        trainer,
-        adapter,
-        (next(endless) for _ in range(job.steps)),
-        a_seed=job.training.a_seed,
-        lr=job.training.rate,
-        weight_decay=job.training.weight_decay,
-        after_step=after_step,
-    )
+    outcome = _round(job, trainer, dataset, bundle.manifest.pad_id, emit)
     seconds = time.monotonic() - began
     delta = outcome.delta
     if job.carry:
@@ -101,6 +75,31 @@ def train(job: Train, emit: Emit) -> Trained:
         counts=dataset.counts,
         verified=bundle.stamp,
         memory=memory_used(),
+    )
+
+
+def _round(job: Train, trainer: Trainer, dataset: Dataset, pad_id: int, emit: Emit) -> RoundOutcome:
+    from edge_agent.dataset import batches
+    from edge_agent.trainer import train_round
+
+    def after_step(done: int, step: StepResult) -> None:
+        progress = Progress(
+            done=done, of=job.steps, loss_sum=step.loss_sum, labels=step.labels, memory=memory_used()
+        )
+        emit(progress)
+
+    training = job.training
+    endless = batches(
+        dataset.rows, size=training.batch_rows, seed=job.data_seed, pad_id=pad_id, start=job.start
+    )
+    return train_round(
+        trainer,
+        _floats(Path(job.adapter), trainer.layout.numbers, job.adapter_sha256),
+        islice(endless, job.steps),
+        a_seed=training.a_seed,
+        lr=training.rate,
+        weight_decay=training.weight_decay,
+        after_step=after_step,
     )
 
 

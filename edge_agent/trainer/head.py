@@ -34,6 +34,7 @@ class Head:
     def __init__(self, bundle: Bundle, rows: Graph, cross_entropy: Graph) -> None:
         self._bundle, self._rows, self._cross_entropy = bundle, rows, cross_entropy
         self._names = [name for name in bundle.manifest.tensors if name.startswith("EMB.")]
+        self._spans = [bundle.span([name]) for name in self._names]
 
     def run(self, features: Floats, labels: NDArray[np.int64]) -> Generator[None, None, HeadResult]:
         """`features` (M, D) and `labels` (M,), M > 0. Yields after every pass over a slice."""
@@ -50,6 +51,8 @@ class Head:
             part = {f"W{name.removeprefix('EMB')}": tensor[start:end] for name, tensor in table.items()}
             out = self._cross_entropy.run({"f": features, "m": m, "z": z, "acc": acc, **part})
             m, z, acc = out["m2"], out["z2"], out["acc2"]
+            for span in self._spans:
+                self._bundle.let_go(span)
             yield
         nll = (m + np.log(z))[:, 0] - np.einsum("md,md->m", features, label_rows)
         return HeadResult(nll, acc / z - label_rows)

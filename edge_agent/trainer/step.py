@@ -48,7 +48,6 @@ class Streamer:
             [name for name in names if _layer_of(name) == f"L{i}"] for i in range(bundle.manifest.layers)
         ]
         self._spans = [bundle.span(layer) for layer in self._layers]
-        self._outer_spans = [bundle.span([name]) for name in self._outer]
         self._b_gradients = tuple(name for name in self._backward.outputs if name.endswith(".B"))
 
     def features(
@@ -112,8 +111,6 @@ class Streamer:
         result = yield from self._head.run(flat[at], labels.reshape(-1)[at])
         gradient = np.zeros_like(flat)
         gradient[at] = result.gradient
-        for span in self._outer_spans:
-            self._bundle.let_go(span)
         return result, gradient.reshape(f.shape)
 
     def _block(self, i: int, adapter: Mapping[str, Floats]) -> dict[str, Tensor]:
