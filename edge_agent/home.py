@@ -14,15 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedge.errors import IntegrityError, NoInputError, UnavailableError
-from fedge.identity import Signer, Verifier
+from fedge.identity import FleetCertificate, SignedCertificate, Signer, Verifier
 from fedge.io import durable
 
-_ENROLL: str = "Join a fleet first: fedge agent enroll TOKEN"
+_ENROLL: Final = "Join a fleet first: fedge agent enroll TOKEN"
 
 
 class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,6 +45,17 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def verifier(self) -> Verifier:
         """Believes this device's fleet."""
         return Verifier(self.fleet, self.root)
+
+    def valid(self) -> tuple[float, float]:
+        """From when until when this device's certificate holds, Unix seconds. Raises IntegrityError."""
+        try:
+            signed = msgspec.msgpack.decode(self.certificate, type=SignedCertificate)
+            mine = msgspec.msgpack.decode(signed.body, type=FleetCertificate)
+        except msgspec.MsgspecError as error:
+            raise IntegrityError(
+                "this device's certificate cannot be read", hint="Join the fleet again"
+            ) from error
+        return mine.not_before, mine.not_after
 
     def __repr__(self) -> str:
         return f"Identity({self.fleet}/{self.device})"

@@ -75,14 +75,14 @@ def free_memory_mb() -> int:
     return free
 
 
-def threads_allowed(threads_max: int = 0) -> int:
-    """Threads that are worth starting: allowed cores, control-group quota, owner's bound; at least one."""
+def threads_allowed(*bounds: int) -> int:
+    """Threads that are worth starting: allowed cores, control-group quota, and `bounds` above 0; at least one."""
     threads = len(os.sched_getaffinity(0))
     for group in _groups():
         words = next(_lines(group / "cpu.max"), "").split()
         if len(words) == 2 and words[0].isdecimal():
             threads = min(threads, math.ceil(int(words[0]) / int(words[1])))
-    return max(1, min(threads, threads_max or threads))
+    return max(1, min(threads, *(bound for bound in bounds if bound > 0), threads))
 
 
 def memory_of(pid: int) -> Memory:

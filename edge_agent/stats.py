@@ -7,13 +7,14 @@ of agent and worker together; the worker's own peak comes from the kernel (VmHWM
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from edge_agent.jobs import Memory
 from edge_agent.resources import memory_of
-from fedge.errors import StorageError
 from fedge.io import durable
 
 _ROUNDS_KEPT: Final = 1_000
@@ -64,7 +65,7 @@ class Stats:
 
     def look(self, worker: int) -> int:
         """Samples memory now; returns megabytes resident of agent and worker (process number, 0 for none)."""
-        own, other = memory_of(os.getpid()), memory_of(worker) if worker else memory_of(0)
+        own, other = memory_of(os.getpid()), memory_of(worker)
         figures = self.figures
         figures.rss_mb = _mb(own.resident_kb + other.resident_kb)
         figures.peak_rss_mb = max(figures.peak_rss_mb, _mb(own.resident_kb + other.peak_kb))
@@ -74,13 +75,13 @@ class Stats:
             figures.idle_rss_mb = max(figures.idle_rss_mb, _mb(own.resident_kb))
         return int(figures.rss_mb)
 
-    def worker_said(self, peak_bytes: int, anonymous_bytes: int) -> None:
+    def worker_said(self, memory: Memory) -> None:
         """Memory as the worker itself saw it at a step."""
         own = memory_of(os.getpid())
         figures = self.figures
-        figures.peak_rss_mb = max(figures.peak_rss_mb, _mb(own.resident_kb + peak_bytes / 1_024))
+        figures.peak_rss_mb = max(figures.peak_rss_mb, _mb(own.resident_kb + memory.peak / 1_024))
         figures.peak_anonymous_mb = max(
-            figures.peak_anonymous_mb, _mb(own.anonymous_kb + anonymous_bytes / 1_024)
+            figures.peak_anonymous_mb, _mb(own.anonymous_kb + memory.anonymous / 1_024)
         )
 
     def round_ended(self, mqtt_up: int) -> None:
@@ -91,17 +92,18 @@ class Stats:
         ]
         self._round_from = mqtt_up
 
-    def round_trained(self, loss: float) -> None:
+    def round_trained(self, loss: float, seconds_per_step: float) -> None:
         """Training of a round is done, at this mean loss per token."""
+        self.figures.seconds_per_step = round(seconds_per_step, 3)
         self.figures.round_loss = [*self.figures.round_loss, loss][-_ROUNDS_KEPT:]
 
     def write(self, at: float) -> None:
-        """Replaces the file. A full disk is no reason to stop: the figures are only for people."""
+        """Replaces the file; a full disk is no reason to stop. Not synced: that would wear out a flash card."""
         self.figures.at = at
-        try:
-            durable.write_bytes(self._path, msgspec.json.format(msgspec.json.encode(self.figures), indent=1))
-        except StorageError:
-            return
+        part = durable.part_name(self._path)
+        with suppress(OSError):
+            part.write_bytes(msgspec.json.format(msgspec.json.encode(self.figures), indent=1))
+            part.replace(self._path)
 
 
 def _earlier(path: Path) -> Figures:

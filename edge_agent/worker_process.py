@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 
 from edge_agent.jobs import Evaluated, Failed, Job, Progress, Seal, Sealed, Trained
-from fedge.errors import StorageError
+from fedge.errors import UnavailableError
 
 Reply = Progress | Trained | Evaluated | Sealed | Failed
 OnReply = Callable[[int, Reply], None]
@@ -44,7 +44,7 @@ class WorkerProcess:
         return self._child.pid if self._child is not None and self._child.poll() is None else 0
 
     def submit(self, job: Job | Seal) -> int:
-        """Give the worker a job, starting it when needed. Raises StorageError when no process can be started."""
+        """Give the worker a job, starting it when needed. Raises UnavailableError when no process can be started."""
         if not self.pid:
             self._child = self._start()
         assert self._child is not None
@@ -84,7 +84,7 @@ class WorkerProcess:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=-1
             )
         except OSError as error:
-            raise StorageError(
+            raise UnavailableError(
                 f"cannot start the worker: {error.strerror}", hint="Is memory short?"
             ) from error
 

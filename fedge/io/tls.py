@@ -13,7 +13,7 @@ from fedge.errors import IntegrityError, NoInputError
 
 
 def client_tls(
-    authority: Path, certificate: Path | None = None, key: Path | None = None, *, pem: str = ""
+    authority: Path | None, certificate: Path | None = None, key: Path | None = None, *, pem: str = ""
 ) -> ssl.SSLContext:
     """A context that trusts `authority` (a PEM file, or `pem` itself) and shows `certificate`, if one is given.
 
@@ -23,7 +23,9 @@ def client_tls(
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     try:
-        context.load_verify_locations(cadata=pem or authority.read_text("ascii"))
+        if authority is not None and not pem:
+            pem = authority.read_text("ascii")
+        context.load_verify_locations(cadata=pem)
         if certificate is not None:
             context.load_cert_chain(certificate, key)
     except FileNotFoundError as error:
