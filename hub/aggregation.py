@@ -34,6 +34,7 @@ class OpenedSum:
     """What an opened bloc says: the `total` of its devices' clipped updates, and sums over all of them."""
 
     total: Vector
+    bits: int  # width of the words it came in
     devices: int
     contributors: int
     spread: float  # of the total, per number: the next step follows from it
@@ -48,6 +49,7 @@ class OpenedSum:
         loss = self.loss_sum / self.labels if self.labels else 0.0
         return {
             "devices": self.devices,
+            "bits": self.bits,
             "contributors": self.contributors,
             "training_loss": round(loss, 6),
             "labels": self.labels,
@@ -106,6 +108,7 @@ def open_sum(row: RoundRow, numbers: int) -> OpenedSum:
     figures = reading.metadata
     return OpenedSum(
         total=reading.total,
+        bits=codec.bits,
         devices=devices,
         contributors=figures.contributors,
         spread=coding.spread(reading.total),

@@ -1,0 +1,355 @@
+"""`fedge sim demo`: the main job, whole, on one machine and in one command.
+
+A real 4-bit language model, real people's messages, one process for each person, a real broker, masked sums; in the
+end a standard PEFT adapter, a page and a table. Each stage leaves something durable in the run's folder, so that a run
+that was stopped, or killed, goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import Meta
+
+from fedge import __version__
+from fedge.errors import DataError, UsageError
+from fedge.io import assets, durable
+from fedge.io.model_source import resolve_model
+from fedge.limits import BLOC_DEVICES_MAX, BLOC_DEVICES_MIN
+from fedge.lora import AdapterLayout, LoraConfig
+from fedge.messages import Training
+from fedge.release import MANIFEST, TOKENIZER, WEIGHTS, Manifest
+from firmware_sim import people as chitchat
+from firmware_sim.evaluation import PersonLoss, evaluate_people, pooled
+from firmware_sim.fleet import LocalFleet
+from firmware_sim.report import write_report
+from firmware_sim.result import Result, as_result, read_result, write_result
+from firmware_sim.screen import Screen
+from firmware_sim.watch import Watch
+from hub.blobs import Blobs
+from hub.campaigns import Wish
+from hub.export import export_adapter
+
+CAMPAIGN: Final = "demo"
+SETTINGS: Final = "run.json"
+RESULT: Final = "result.json"
+_LOOK_SECONDS: Final = 0.3
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for; kept in the run's folder."""
+
+    devices: Annotated[int, Meta(ge=BLOC_DEVICES_MIN, le=256)] = 16
+    unseen: Annotated[int, Meta(ge=1, le=256)] = 8
+    rounds: Annotated[int, Meta(ge=1, le=1_000)] = 8
+    steps: Annotated[int, Meta(ge=1, le=1_000)] = 5
+    bloc: Annotated[int, Meta(ge=BLOC_DEVICES_MIN, le=BLOC_DEVICES_MAX)] = 8
+    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    model: str = "smollm2-135m"
+    broker: str = "auto"
+    reference: bool = False
+
+
+def run(folder: Path, settings: Settings, *, resume: bool, fresh: bool) -> Result:
+    """Runs the demo in `folder` and returns what came out. UsageError when it must be told how to treat an old run."""
+    if settings.devices % settings.bloc:
+        raise UsageError(
+            "devices must fill whole blocs",
+            field="devices",
+            value=settings.devices,
+            hint=f"a multiple of --bloc {settings.bloc}",
+        )
+    settings = _enter(folder, settings, resume=resume, fresh=fresh)
+    if (folder / RESULT).exists():
+        return read_result(folder / RESULT)
+    with Screen() as screen:
+        return _Demo(folder, settings, screen).run()
+
+
+def _enter(folder: Path, settings: Settings, *, resume: bool, fresh: bool) -> Settings:
+    known = folder / SETTINGS
+    if folder.exists() and any(folder.iterdir()) and not known.exists():
+        raise UsageError(
+            "the folder holds something else", field="out", value=str(folder), hint="choose another --out"
+        )
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    if known.exists():
+        if not resume and not (folder / RESULT).exists():
+            raise UsageError(
+                "an unfinished run is in this folder",
+                field="out",
+                value=str(folder),
+                hint="go on with it: --resume, or throw it away: --fresh",
+            )
+        return _read_settings(known)
+    durable.make_folder(folder, secret=True)
+    durable.write_bytes(known, msgspec.json.encode(settings))
+    return settings
+
+
+def _read_settings(path: Path) -> Settings:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Settings)
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{path} cannot be read: {error}", hint="start anew: --fresh") from error
+
+
+class _Demo:
+    """One run: its folder, its settings, and how long its parts took."""
+
+    def __init__(self, folder: Path, settings: Settings, screen: Screen) -> None:
+        self.folder, self.settings, self.screen = folder, settings, screen
+        self.seconds: dict[str, float] = {}
+        self.cores = len(os.sched_getaffinity(0))
+        self.bundle = folder / "bundle"
+        self.adapter = folder / "adapter.f32"
+
+    def run(self) -> Result:
+        began = time.monotonic()
+        with self._timed("prepare"):
+            source = resolve_model(self.settings.model, progress=self._told("model"))
+            data = assets.pull("data", "chitchat", progress=self._told("messages"))
+        with self._timed("quantize"):
+            manifest = self._quantize(str(source.path or source.hub_id))
+        part, unseen = self._people(data)
+        everyone = {name: self.folder / "people" / name / "heldout.jsonl" for name in (*part, *unseen)}
+        with self._timed("evaluate"):
+            before = self._evaluate("before", everyone, manifest, Training())
+        with self._timed("train"):
+            watch, fleet = self._train(part)
+        campaign = fleet.campaign(CAMPAIGN)
+        assert campaign is not None
+        blobs = Blobs(fleet.hub_home / "blobs")
+        durable.write_bytes(self.adapter, blobs.read(campaign.adapter))
+        durable.make_folder(self.folder / "adapter")
+        export_adapter(campaign, blobs, self.folder / "adapter")
+        with self._timed("evaluate"):
+            after = self._evaluate("after", everyone, manifest, campaign.training)
+        loss = {
+            **_losses("zero_shot", "zero_shot_never_seen", before, part),
+            **_losses("took_part", "never_seen", after, part),
+        }
+        if self.settings.reference:
+            loss |= self._reference(part, everyone, manifest, campaign.training)
+        self.seconds["total"] = time.monotonic() - began
+        result = as_result(self._values(manifest, watch, fleet, loss, before, after, part))
+        write_result(result, self.folder / RESULT)
+        write_report(result, self.folder / "report.html")
+        return result
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began
+
+    def _told(self, name: str):  # type: ignore[no-untyped-def]
+        def tell(phase: str, done: int, total: int) -> None:
+            self.screen.bar(name, done, total or 1, phase)
+
+        return tell
+
+    # ------------------------------------------------------------ stages
+    def _quantize(self, source: str) -> Manifest:
+        if not (self.bundle / MANIFEST).exists():
+            from quantize.bundle import quantize
+
+            quantize(
+                source,
+                self.bundle,
+                self._publisher(),
+                lora=LoraConfig(),
+                name=self.settings.model,
+                progress=lambda phase, share: self.screen.bar("quantize", share, 1.0, phase),
+            )
+        self.screen.bar("quantize", 1.0, 1.0, "4-bit bundle, checked against torch and signed")
+        return msgspec.json.decode((self.bundle / MANIFEST).read_bytes(), type=Manifest)
+
+    def _publisher(self) -> Ed25519PrivateKey:
+        path = self.folder / "publisher.key"
+        if not path.exists():
+            durable.write_bytes(path, os.urandom(32), secret=True)
+        return Ed25519PrivateKey.from_private_bytes(path.read_bytes())
+
+    def _people(self, data: Path) -> tuple[list[str], list[str]]:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.bundle / TOKENIZER))
+        part, unseen = chitchat.split_people(
+            chitchat.read_people(data),
+            self.settings.devices,
+            self.settings.unseen,
+            encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        )
+        for split in (*part, *unseen):
+            chitchat.write_person(self.folder / "people" / split.person, split)
+        self.screen.bar("people", 1, 1, f"{len(part)} take part, {len(unseen)} are never seen")
+        return [split.person for split in part], [split.person for split in unseen]
+
+    def _evaluate(
+        self, when: str, people: dict[str, Path], manifest: Manifest, training: Training
+    ) -> dict[str, PersonLoss]:
+        kept = self.folder / f"heldout-{when}.json"
+        if kept.exists():
+            return msgspec.json.decode(kept.read_bytes(), type=dict[str, PersonLoss])
+        layout = AdapterLayout.of(manifest.layers, manifest.lora_shapes, manifest.lora.r)
+        adapter = self.adapter
+        if when == "before":
+            adapter = self.folder / "zero.f32"
+            durable.write_bytes(adapter, bytes(4 * layout.numbers))
+        found = evaluate_people(
+            self.bundle,
+            people,
+            adapter,
+            training,
+            processes=self.cores,
+            progress=lambda done, total: self.screen.bar(when, done, total, f"held-out loss {when} training"),
+        )
+        durable.write_bytes(kept, msgspec.json.encode(found))
+        return found
+
+    def _train(self, part: list[str]) -> tuple[Watch, LocalFleet]:
+        data = {name: self.folder / "people" / name / "train.jsonl" for name in part}
+        fleet = LocalFleet(self.folder / "fleet", data, broker=self.settings.broker)
+        watch, settings = Watch(self.settings.rounds), self.settings
+        try:
+            self.broker = fleet.start_hub().broker
+            joined = 0
+
+            def progress(new: int) -> None:
+                nonlocal joined
+                joined += new
+                self.screen.bar("join", joined, len(part), f"{joined} devices joined with their own keys")
+
+            fleet.enroll(progress)
+            fleet.start_campaign(
+                self.bundle,
+                Wish(
+                    CAMPAIGN,
+                    rounds=settings.rounds,
+                    steps=settings.steps,
+                    bloc=settings.bloc,
+                    devices=settings.devices,
+                    seed=settings.seed,
+                ),
+            )
+            fleet.start_agents()
+            while not watch.closed:
+                watch.take(fleet.look())
+                watch.show(self.screen, fleet.figures())
+                time.sleep(_LOOK_SECONDS)
+        finally:
+            fleet.stop()
+        return watch, fleet
+
+    def _reference(
+        self, part: list[str], everyone: dict[str, Path], manifest: Manifest, training: Training
+    ) -> dict[str, float]:
+        from firmware_sim import reference
+        from firmware_sim.local_training import Plan
+
+        plan = Plan(
+            bundle=self.bundle,
+            people={name: self.folder / "people" / name / "train.jsonl" for name in part},
+            training=training,
+            rounds=self.settings.rounds,
+            steps=self.settings.steps,
+        )
+        found = reference.pooled(
+            plan,
+            processes=self.cores,
+            progress=lambda done, total: self.screen.bar("reference", done, total, "the same data, pooled"),
+        )
+        self.adapter = self.folder / "reference.f32"
+        durable.write_bytes(self.adapter, found.adapter)
+        after = self._evaluate("reference", everyone, manifest, training)
+        return _losses("pooled_reference", "pooled_reference_never_seen", after, part)
+
+    # ------------------------------------------------------------ result
+    def _values(
+        self,
+        manifest: Manifest,
+        watch: Watch,
+        fleet: LocalFleet,
+        loss: dict[str, float],
+        before: dict[str, PersonLoss],
+        after: dict[str, PersonLoss],
+        part: list[str],
+    ) -> dict[str, object]:
+        figures = list(fleet.figures().values())
+        settings = self.settings
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        notes = (
+            [f"{fleet.supervisor.restarts} processes were started again"] if fleet.supervisor.restarts else []
+        )
+        return {
+            "fedge": __version__,
+            "seed": settings.seed,
+            "model": {
+                "name": manifest.model,
+                "sha256": manifest.source_sha256,
+                "licence": manifest.licence,
+                "bytes": manifest.files[WEIGHTS].size,
+            },
+            "data": {"name": "BYU chit-chat", "licence": assets.find("data", "chitchat").licence},
+            "devices": settings.devices,
+            "bloc_devices": settings.bloc,
+            "rounds": settings.rounds,
+            "steps": settings.steps,
+            "opened_blocs": watch.opened,
+            "sat_out": watch.sat_out,
+            "loss": loss,
+            "people": [
+                {
+                    "id": name,
+                    "took_part": name in part,
+                    "bloc": watch.bloc_of(name),
+                    "before": before[name].per_token,
+                    "after": after[name].per_token,
+                    "labels": after[name].labels,
+                }
+                for name in after
+            ],
+            "round_log": [msgspec.to_builtins(entry) for entry in watch.log],
+            "agent": {
+                "peak_rss_mb": max(figure.peak_rss_mb for figure in figures),
+                "peak_anon_mb": max(figure.peak_anonymous_mb for figure in figures),
+                "idle_rss_mb": max(figure.idle_rss_mb for figure in figures),
+            },
+            "bytes": {
+                "up_per_round": int(
+                    statistics.median(n for figure in figures for n in figure.round_up_bytes)
+                ),
+                "up_total_per_device": int(statistics.median(figure.mqtt_up_bytes for figure in figures)),
+                "down_total_per_device": int(
+                    statistics.median(figure.mqtt_down_bytes + figure.https_down_bytes for figure in figures)
+                ),
+                "bundle": sum(entry.size for entry in manifest.files.values()),
+            },
+            "seconds": {part: round(value, 1) for part, value in self.seconds.items()},
+            "cpu_seconds": {
+                "simulator": round(own.ru_utime + own.ru_stime, 1),
+                "hub_agents_and_workers": round(children.ru_utime + children.ru_stime, 1),
+            },
+            "broker": self.broker,
+            "notes": notes,
+        }
+
+
+def _losses(took_part: str, unseen: str, losses: dict[str, PersonLoss], part: list[str]) -> dict[str, float]:
+    return {
+        took_part: pooled(loss for name, loss in losses.items() if name in part),
+        unseen: pooled(loss for name, loss in losses.items() if name not in part),
+    }
