@@ -1,10 +1,10 @@
 """The broker inside the hub's process: amqtt behind mutual TLS, for machines without mosquitto, up to 300 devices.
 
-amqtt 0.12 leaves five doors open, which are closed here before a packet reaches it: a client without a certificate
-gets in; the client id is believed, and sessions of that id are ended, before anyone is authenticated; a last will is
-not checked against the access list; a returning client gets the retained messages of everybody's subscriptions; and
-dictionaries are changed while they are walked, which loses messages. So the first packet is read here, rewritten to
-what the certificate says, and played to amqtt.
+amqtt 0.12 leaves six doors open, which are closed here: a client without a certificate gets in; the client id is
+believed, and sessions of that id are ended, before anyone is authenticated; a last will is not checked against the
+access list; a silent client is never given up; a returning one gets the retained messages of everybody's
+subscriptions; and dictionaries are changed while they are walked, which loses messages. So the first packet is read
+here, rewritten to what the certificate says, and played to amqtt.
 """
 
 from __future__ import annotations
@@ -112,30 +112,28 @@ class CertifiedBroker(Broker):  # type: ignore[misc]  # amqtt is untyped here
 
     async def _client_connected(self, listener: str, reader: ReaderAdapter, writer: WriterAdapter) -> None:
         try:
-            first = await asyncio.wait_for(self._admit(_Bounded(b"", reader), writer), _CONNECT_SECONDS)
+            admitted = await asyncio.wait_for(self._admit(reader, writer), _CONNECT_SECONDS)
+            if admitted is not None:
+                await super()._client_connected(listener, admitted, writer)
+                return
         except _BROKEN:
-            first = b""
-        if not first:
-            await _close(writer)
-            return
-        try:
-            await super()._client_connected(listener, _Bounded(first, reader), writer)
-        except _BROKEN:
-            await _close(writer)
+            pass  # the other side broke the protocol or left
+        await _close(writer)
 
-    async def _admit(self, reader: ReaderAdapter, writer: WriterAdapter) -> bytes:
-        """The CONNECT packet in the name of the certificate, or nothing when the client is refused."""
+    async def _admit(self, reader: ReaderAdapter, writer: WriterAdapter) -> ReaderAdapter | None:
+        """The stream from its CONNECT packet on, in the name of the certificate; None when it is refused."""
         shown = writer.get_ssl_info().getpeercert()
         name = dict(pair[0] for pair in shown["subject"])["commonName"]
         serial = int(shown["serialNumber"], 16)
-        connect = await ConnectPacket.from_stream(reader)
+        connect = await ConnectPacket.from_stream(_Bounded(b"", reader, None))
         will_refused = connect.will_flag and not access.may_write(name, connect.will_topic)
         if serial in self._revoked or will_refused:
-            return b""
-        connect.client_id = name
+            return None
+        silence = 1.5 * connect.keep_alive or None  # MQTT 3.1.1 section 3.1.2.10
+        connect.client_id, connect.keep_alive = name, 0
         await self._end_connection(name)
         self._serials[name] = serial
-        return bytes(connect.to_bytes())
+        return _Bounded(bytes(connect.to_bytes()), reader, silence)
 
     async def _end_connection(self, name: str) -> None:
         """Ends an older connection of this client and waits for its farewell, which would disturb the new one."""
@@ -188,19 +186,23 @@ class _Snapshots(dict[str, list[tuple[Session, int]]]):
 
 
 class _Bounded(ReaderAdapter):  # type: ignore[misc]  # amqtt is untyped here
-    """Plays `first`, then the stream; refuses to read a packet above the limit."""
+    """Plays `first`, then the stream; ends it at a packet above the limit or after `silence` seconds of nothing."""
 
-    def __init__(self, first: bytes, rest: ReaderAdapter) -> None:
-        self._first, self._rest = first, rest
+    def __init__(self, first: bytes, rest: ReaderAdapter, silence: float | None) -> None:
+        self._first, self._rest, self._silence = first, rest, silence
 
     async def read(self, n: int = -1) -> bytes:
-        """`n` bytes."""
+        """`n` bytes. Raises ConnectionAbortedError, which amqtt does not swallow, as it does its own errors."""
         if not 0 <= n <= PACKET_BYTES_MAX:
-            raise NoDataError(f"a packet of {n} bytes is too large")
-        if not self._first:
-            return bytes(await self._rest.read(n))
-        head, self._first = self._first[:n], self._first[n:]
-        return head
+            raise ConnectionAbortedError(f"a packet of {n} bytes is too large")
+        if self._first:
+            head, self._first = self._first[:n], self._first[n:]
+            return head
+        try:
+            async with asyncio.timeout(self._silence):
+                return bytes(await self._rest.read(n))
+        except TimeoutError as error:
+            raise ConnectionAbortedError("the client is silent") from error
 
     def feed_eof(self) -> None:
         """The other side is gone."""

@@ -79,7 +79,10 @@ class Mosquitto:
             time.sleep(0.02)
         self.stop()
         raise UnavailableError(
-            f"mosquitto does not start: {self._last_words()}", field="broker", value=str(self._program)
+            f"mosquitto does not start: {self._last_words()}",
+            field="broker",
+            value=str(self._program),
+            hint=f"Its log is {self.log}",
         )
 
     def stop(self) -> None:
@@ -151,7 +154,8 @@ class Mosquitto:
             lines = self.log.read_text("utf-8", "replace").strip().splitlines()
         except OSError:
             lines = []
-        return lines[-1] if lines else "it said nothing"
+        errors = [line for line in lines if " Error: " in line]  # OpenSSL's own lines below say less
+        return (errors or lines or ["it said nothing"])[-1]
 
     # ------------------------------------------------------------ configuration
     def _configuration(self) -> str:
