@@ -35,6 +35,7 @@ from fedge.release import (
 )
 from quantize import gates
 from quantize.blocks import adapted_modules, check_layers
+from quantize.decode import inference_graph
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import operators
 from quantize.joint import AUX
@@ -103,11 +104,14 @@ class _Build:
         self._places: Mapping[str, TensorPlace] = write_weights(folder / WEIGHTS, tensors)
         del tensors
         graphs = training_graphs(source.model, lora, fmt, tell)
+        infer = graphs["infer.onnx"] = inference_graph(source.model, lora, fmt, self._places)
+        tell("export", 1.0)
         self._operators: set[str] = set()
         for file, graph in graphs.items():
             self._add(file, graph)
         _write(folder / TOKENIZER, source.tokenizer)
-        self._gates = exam.run(folder, self._places, self._operators, head_rows, tell)
+        draft = gates.Draft(folder, self._places, frozenset(self._operators), infer, head_rows)
+        self._gates = exam.run(draft, tell)
 
     def _add(self, file: str, graph: onnx.ModelProto) -> None:
         _write(self._folder / file, graph.SerializeToString(deterministic=True))

@@ -5,20 +5,17 @@
 (c) loss of the source against the quantised model, and KL(source || quantised), on a fixed text;
 (d) the decoding graph against the training graphs, and cached decoding against a full re-run;
 (e) only operators that a device allows; (f) all layers alike (`blocks.check_layers`, before any work).
-The torch side uses transformers' own modules with hooks, not the rewritten block that was exported.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
+import onnx
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -26,20 +23,25 @@ from torch import Tensor
 from fedge.errors import IntegrityError
 from fedge.lora import LoraConfig
 from fedge.release import OPERATORS_ALLOWED, WEIGHTS, TensorPlace
-from quantize.blocks import adapted_modules, layers_of
+from quantize.decode import LEVEL_EXACT, at_level
 from quantize.formats import WeightFormat
-from quantize.runner import IGNORE, Array, Runner
-from quantize.source import Source, build_model
+from quantize.reference import Batch, log_probabilities, random_adapter, torch_gradients, two_layer_cut
+from quantize.runner import IGNORE, Array, Decoder, Runner
+from quantize.source import Source
 from quantize.weights import Progress, map_weights, quantise
 
 CUT_GRADIENT_ERROR_MAX: Final = 1e-5  # relative, per tensor; measured 1e-6
 GRADIENT_ERROR_MAX: Final = 1e-3  # through 30 layers of float32; measured 2e-4
 LOSS_ERROR_MAX: Final = 1e-4
 EXACT_LOSS_CHANGE_MAX: Final = 1e-3
+DECODE_ERROR_MAX: Final = 1e-5  # relative, of the mean loss, float accumulation
+CACHE_ERROR_MAX: Final = 1e-4  # of a logit, relative to the largest
+DECODE_CHANGE_MAX: Final = 0.1  # nats, of the shipped graph with its 8-bit activations; measured 0.01
 
 _CUT_VOCABULARY: Final = 320
 _CUT_SHAPES: Final = ((1, 5), (3, 17), (2, 40))
 _BATCH_TOKENS: Final = 48
+_CACHED_STEPS: Final = 8
 _TEXTS: Final = (
     "Friend: Hi! How was your weekend?\nMe: It was great, I went hiking with my sister. We saw a fox near the lake.",
     "The small device woke up at 7:05, read 31 messages, learnt a little from each, and went back to sleep.",
@@ -53,26 +55,17 @@ class GateError(IntegrityError):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Token ids, attention mask and shifted labels (IGNORE where none), int64 [B, S], padded on the right."""
+class Draft:
+    """An unsigned bundle: its folder, and what the manifest will say of it."""
 
-    ids: Array
-    mask: Array
-    labels: Array
-
-    @staticmethod
-    def of(rows: Sequence[Sequence[int]], pad: int) -> Batch:
-        width = max(map(len, rows))
-        ids = np.full((len(rows), width), pad, np.int64)
-        mask = np.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-        labels = np.full_like(ids, IGNORE)
-        labels[:, :-1] = np.where(mask[:, 1:] > 0, ids[:, 1:], IGNORE)
-        return Batch(ids, mask, labels)
+    folder: Path
+    places: Mapping[str, TensorPlace]
+    operators: frozenset[str]
+    infer: onnx.ModelProto
+    head_rows: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Exam:
     """Takes the source's answers before its weights are quantised, and compares afterwards."""
 
@@ -89,32 +82,27 @@ class Exam:
         width = min(_BATCH_TOKENS, source.model.config.max_position_embeddings)
         rows = [tokenizer.encode(text, add_special_tokens=False).ids[:width] for text in _TEXTS]
         batch = Batch.of([row for row in rows if len(row) > 2], source.pad_id)
-        return cls(source, lora, fmt, exact, batch, _log_p(source.model, batch))
+        return cls(source, lora, fmt, exact, batch, log_probabilities(source.model, batch))
 
-    def run(
-        self,
-        folder: Path,
-        places: Mapping[str, TensorPlace],
-        operators: set[str],
-        head_rows: int,
-        tell: Progress,
-    ) -> dict[str, float]:
+    def run(self, draft: Draft, tell: Progress) -> dict[str, float]:
         """Figures of all gates. Raises GateError, naming gate, figure and bound."""
-        foreign = sorted(operators - OPERATORS_ALLOWED)
+        foreign = sorted(draft.operators - OPERATORS_ALLOWED)
         if foreign:
             raise GateError("the graphs use operators that devices refuse", field="operators", value=foreign)
-        figures = {"cut_gradient_error": self._cut(folder)}
+        figures = {"cut_gradient_error": self._cut(draft.folder)}
         tell("gates", 0.2)
         figures |= self._quantisation()
         tell("gates", 0.4)
-        tensors = map_weights(folder / WEIGHTS, places)
-        runner = Runner(folder, tensors, self.source.model.config.num_hidden_layers, head_rows)
+        tensors = map_weights(draft.folder / WEIGHTS, draft.places)
+        runner = Runner(draft.folder, tensors, self.source.model.config.num_hidden_layers, draft.head_rows)
         figures |= self._whole(runner)
+        tell("gates", 0.7)
+        figures |= self._decoding(draft.folder, draft.infer, runner)
         tell("gates", 1.0)
         return {name: _rounded(value) for name, value in figures.items()}
 
     def _cut(self, folder: Path) -> float:
-        model = two_layer_cut(self.source.model.config)
+        model = two_layer_cut(self.source.model.config, _CUT_VOCABULARY)
         cut = Source(model, "", b"", "", "", "", 0, 0)
         tensors = quantise(cut, self.fmt, lambda phase, fraction: None)
         runner = Runner(folder, tensors, 2, head_rows=_CUT_VOCABULARY // 2 - 1)
@@ -129,7 +117,7 @@ class Exam:
         return _below("cut_gradient_error", max(errors), CUT_GRADIENT_ERROR_MAX)
 
     def _quantisation(self) -> dict[str, float]:
-        log_q = _log_p(self.source.model, self.batch)
+        log_q = log_probabilities(self.source.model, self.batch)
         labels = torch.from_numpy(self.batch.labels)
         chosen = labels != IGNORE
         losses = [
@@ -152,46 +140,27 @@ class Exam:
             "gradient_error": _below("gradient_error", gradient_error, GRADIENT_ERROR_MAX),
         }
 
-
-def two_layer_cut(config: Any) -> Any:
-    """The same architecture with two layers, a small vocabulary and random weights."""
-    cut = copy.deepcopy(config)
-    cut.num_hidden_layers, cut.vocab_size, cut.pad_token_id = 2, _CUT_VOCABULARY, None
-    if getattr(cut, "layer_types", None):
-        cut.layer_types = cut.layer_types[:2]
-    return build_model(cut)
-
-
-def random_adapter(
-    model: Any, lora: LoraConfig, random: np.random.Generator, *, scale: float
-) -> dict[str, npt.NDArray[np.float32]]:
-    """A and B of every layer, B not zero: with B = 0 the gradient of A would vanish and prove nothing."""
-    adapter = {}
-    for index in range(len(layers_of(model))):
-        for name, (rows, columns) in sorted(adapted_modules(model, lora).items()):
-            a = random.standard_normal((lora.r, columns)) / columns**0.5
-            adapter[f"L{index}/{name}.A"] = a.astype(np.float32)
-            adapter[f"L{index}/{name}.B"] = (random.standard_normal((rows, lora.r)) * scale).astype(
-                np.float32
-            )
-    return adapter
-
-
-def torch_gradients(
-    model: Any, lora: LoraConfig, adapter: Mapping[str, Array], batch: Batch
-) -> tuple[float, dict[str, Array]]:
-    """Loss and adapter gradients by torch autograd through transformers' own modules."""
-    leaves = {name: torch.from_numpy(value).clone().requires_grad_() for name, value in adapter.items()}
-    model.requires_grad_(False)
-    with _adapted(model, lora, leaves):
-        logits = model(
-            input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)
-        ).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten(), ignore_index=IGNORE
-        )
-        found = torch.autograd.grad(loss, list(leaves.values()))
-    return loss.item(), {name: value.numpy() for name, value in zip(leaves, found, strict=True)}
+    def _decoding(self, folder: Path, infer: onnx.ModelProto, runner: Runner) -> dict[str, float]:
+        """The stitched graph must equal the training graphs when both add in floats; the shipped one may round."""
+        adapter = random_adapter(self.source.model, self.lora, np.random.default_rng(1), scale=0.01)
+        text = self.batch.ids[:1, : int(self.batch.mask[0].sum())]
+        batch = Batch.of(text.tolist(), self.source.pad_id)
+        trained = float(runner.losses(batch.ids, batch.mask, batch.labels, adapter).mean())
+        exact = folder / "exact.onnx"  # beside weights.bin: external data is found relative to the graph
+        exact.write_bytes(at_level(infer, LEVEL_EXACT).SerializeToString())
+        try:
+            decoder = Decoder(exact, runner, adapter)
+        finally:
+            exact.unlink()
+        logits, _ = decoder.step(text, decoder.start(1))
+        shipped = Decoder(folder / "infer.onnx", runner, adapter)
+        rounded, _ = shipped.step(text, shipped.start(1))
+        error = abs(_loss(logits, batch) - trained) / max(1.0, trained)
+        return {
+            "decode_error": _below("decode_error", error, DECODE_ERROR_MAX),
+            "cache_error": _below("cache_error", _cache_error(decoder, text, logits), CACHE_ERROR_MAX),
+            "decode_change": _below("decode_change", abs(_loss(rounded, batch) - trained), DECODE_CHANGE_MAX),
+        }
 
 
 def compare(
@@ -210,29 +179,22 @@ def compare(
     return abs(found_loss - loss), max(errors)
 
 
-@contextmanager
-def _adapted(model: Any, lora: LoraConfig, leaves: Mapping[str, Tensor]) -> Iterator[None]:
-    def hook(prefix: str) -> Any:
-        a, b = leaves[f"{prefix}.A"], leaves[f"{prefix}.B"]
-        return lambda module, inputs, output: output + lora.scale * (inputs[0] @ a.t() @ b.t())
-
-    handles = []
-    for index, layer in enumerate(layers_of(model)):
-        for name in adapted_modules(model, lora):
-            handles.append(layer.get_submodule(name).register_forward_hook(hook(f"L{index}/{name}")))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _cache_error(decoder: Decoder, text: Array, logits: Array) -> float:
+    """Largest difference between token-by-token decoding and one pass over the whole text."""
+    first = max(1, text.shape[1] - _CACHED_STEPS)
+    found, cache = decoder.step(text[:, :first], decoder.start(1))
+    rows = [found]
+    for index in range(first, text.shape[1]):
+        found, cache = decoder.step(text[:, index : index + 1], cache)
+        rows.append(found)
+    return float(np.abs(np.concatenate(rows, 1) - logits).max() / np.abs(logits).max())
 
 
-def _log_p(model: Any, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        logits = model(
-            input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)
-        ).logits
-        return torch.log_softmax(logits, -1)
+def _loss(logits: Array, batch: Batch) -> float:
+    values = torch.from_numpy(logits).flatten(0, 1)
+    return torch.nn.functional.cross_entropy(
+        values, torch.from_numpy(batch.labels).flatten(), ignore_index=IGNORE
+    ).item()
 
 
 def _below(gate: str, value: float, bound: float) -> float:

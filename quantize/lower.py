@@ -12,7 +12,7 @@ with Q = (code - zero) * scale and D the offsets; K/32 columns, about 3 % of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -22,19 +22,24 @@ from quantize.graph import MICROSOFT, GraphWriter, tensor_input
 from quantize.placeholder import DOMAIN, EMBEDDING, LINEAR, LINEAR_DX
 
 Size = int | str
-Shapes = Mapping[str, tuple[Size, int]]  # weight name -> (rows, columns); rows may be symbolic
 
-LEVEL_EXACT: Final = 0  # float accumulation
-LEVEL_INT8: Final = 4  # activations quantised to 8 bits: fast at one row, about 2 % error
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A frozen matrix behind a placeholder. `rows` may be symbolic: the streamed head takes any slice."""
+
+    rows: Size
+    columns: int
+    format: WeightFormat
 
 
 class Lowering:
-    """Writes one graph in which frozen matrices of one format are inputs or initialisers called NAME.q, .s, .d."""
+    """Writes one graph in which the matrices are inputs called NAME.q, NAME.s, NAME.d."""
 
-    def __init__(self, shapes: Shapes, fmt: WeightFormat) -> None:
+    def __init__(self, matrices: Mapping[str, Matrix]) -> None:
         self.writer = GraphWriter("low")
-        self.weights: dict[str, tuple[str, tuple[Size, int]]] = {}  # tensor -> (dtype, shape)
-        self._shapes, self._format = shapes, fmt
+        self.weights: dict[str, tuple[str, tuple[Size, ...]]] = {}  # tensor -> (dtype, shape)
+        self._matrices = matrices
         self._dense: dict[str, str] = {}
         self._sums: dict[str, str] = {}
 
@@ -47,7 +52,7 @@ class Lowering:
                 self.writer.nodes.append(node)
             else:
                 self._replace(node)
-        inputs = [value for value in model.graph.input if value.name not in self._shapes]
+        inputs = [value for value in model.graph.input if value.name not in self._matrices]
         inputs += [tensor_input(name, *kind) for name, kind in self.weights.items()]
         return self.writer.model(inputs, model.graph.output)
 
@@ -63,21 +68,22 @@ class Lowering:
 
     def linear(self, x: str, weight: str, output: str) -> None:
         """output[..., N] = x[..., K] W^T."""
-        rows, columns = self._shapes[weight]
-        flat = self._flat(x, columns)
+        matrix = self._matrices[weight]
+        flat = self._flat(x, matrix.columns)
         terms = [flat, self._dequantised(weight)]
-        if self._format.has_offset:
+        if matrix.format.has_offset:
             terms.append(
-                self.writer.add("Gemm", [self.block_sums(flat, columns), self.part(weight, "d")], transB=1)
+                self.writer.add(
+                    "Gemm", [self.block_sums(flat, matrix.columns), self.part(weight, "d")], transB=1
+                )
             )
-        self._restore(self.writer.add("Gemm", terms, transB=1), x, rows, output)
+        self._restore(self.writer.add("Gemm", terms, transB=1), x, matrix.rows, output)
 
     def _linear_dx(self, gradient: str, weight: str, output: str) -> None:
-        writer = self.writer
-        rows, columns = self._shapes[weight]
-        flat = self._flat(gradient, rows)
+        writer, matrix = self.writer, self._matrices[weight]
+        flat, columns = self._flat(gradient, matrix.rows), matrix.columns
         product = writer.add("Gemm", [flat, self._dequantised(weight)])
-        if self._format.has_offset:
+        if matrix.format.has_offset:
             shift = writer.add("Gemm", [flat, self.part(weight, "d")])
             blocks = writer.add("Reshape", [product, writer.integers(-1, columns // BLOCK, BLOCK)])
             shifted = writer.add("Add", [blocks, writer.add("Unsqueeze", [shift, writer.integers(-1)])])
@@ -94,15 +100,14 @@ class Lowering:
 
     def part(self, weight: str, part: str) -> str:
         """Name of a stored tensor of a matrix, noted as something that the graph reads."""
-        name = f"{weight}.{part}"
-        rows, columns = self._shapes[weight]
+        name, matrix = f"{weight}.{part}", self._matrices[weight]
         dtype = "uint8" if part == "q" else "float32"
-        self.weights[name] = (dtype, self._format.part_shape(part, rows, columns))
+        self.weights[name] = (dtype, matrix.format.part_shape(part, matrix.rows, matrix.columns))
         return name
 
     def _dequantised(self, weight: str) -> str:
         if weight not in self._dense:
-            writer, (rows, _) = self.writer, self._shapes[weight]
+            writer, rows = self.writer, self._matrices[weight].rows
             if isinstance(rows, int):
                 count = writer.constant(np.array(rows, np.int64))
             else:
@@ -119,7 +124,7 @@ class Lowering:
             tensors,
             output,
             domain=MICROSOFT,
-            bits=self._format.bits,
+            bits=self._matrices[weight].format.bits,
             block_size=BLOCK,
             gather_axis=0,
             quantize_axis=1,
@@ -144,48 +149,51 @@ class Lowering:
 
     @property
     def _is_matrix(self) -> bool:
-        return any(isinstance(rows, str) for rows, _ in self._shapes.values())
+        return any(isinstance(matrix.rows, str) for matrix in self._matrices.values())
 
 
 class DecodeLowering(Lowering):
     """The same products by `MatMulNBits`, for constant weights; `levels` gives the accuracy level by weight name."""
 
-    def __init__(self, shapes: Shapes, fmt: WeightFormat, levels: Mapping[str, int]) -> None:
-        super().__init__(shapes, fmt)
+    def __init__(self, matrices: Mapping[str, Matrix], levels: Mapping[str, int]) -> None:
+        super().__init__(matrices)
         self._levels = levels
 
     def linear(self, x: str, weight: str, output: str) -> None:
-        writer = self.writer
-        product = self._product(x, weight, None if self._format.has_offset else output)
-        if self._format.has_offset:
-            _, columns = self._shapes[weight]
-            sums = self.block_sums(x, columns)
-            shift = writer.add("Gemm", [sums, self.part(weight, "d")], transB=1)
-            writer.add(
-                "Add", [product, writer.add("Reshape", [shift, writer.add("Shape", [product])])], output
-            )
+        """output[..., N] = x[..., K] W^T."""
+        writer, matrix = self.writer, self._matrices[weight]
+        if not matrix.format.has_offset:
+            self._product(x, weight, output)
+            return
+        product = self._product(x, weight)
+        sums = self.block_sums(x, matrix.columns)
+        shift = writer.add("Gemm", [sums, self.part(weight, "d")], transB=1)
+        writer.add("Add", [product, writer.add("Reshape", [shift, writer.add("Shape", [product])])], output)
 
-    def _product(self, x: str, weight: str, output: str | None) -> str:
-        rows, columns = self._shapes[weight]
+    def _product(self, x: str, weight: str, output: str | None = None) -> str:
+        matrix = self._matrices[weight]
+        bits, blocks = matrix.format.bits, matrix.columns // BLOCK
         tensors = [x, self.part(weight, "q"), self.part(weight, "s")]
-        stored = (rows, columns // BLOCK, BLOCK * self._format.bits // 8)
-        self.weights[f"{weight}.q"] = ("uint8", stored)  # type: ignore[assignment]  # MatMulNBits wants three axes
+        self.weights[f"{weight}.q"] = ("uint8", (matrix.rows, blocks, BLOCK * bits // 8))
         return self.writer.add(
             "MatMulNBits",
             tensors,
             output,
             domain=MICROSOFT,
-            K=columns,
-            N=rows,
-            bits=self._format.bits,
+            K=matrix.columns,
+            N=matrix.rows,
+            bits=bits,
             block_size=BLOCK,
             accuracy_level=self._levels[weight],
         )
 
 
-def lower(model: onnx.ModelProto, shapes: Shapes, format_name: str) -> onnx.ModelProto:
-    """The model with placeholders over `shapes` replaced by operators for training."""
-    return Lowering(shapes, FORMATS[format_name]).run(model)
+def lower(
+    model: onnx.ModelProto, shapes: Mapping[str, tuple[Size, int]], format_name: str
+) -> onnx.ModelProto:
+    """The model with placeholders over `shapes` (rows, columns) replaced by operators for training."""
+    fmt = FORMATS[format_name]
+    return Lowering({name: Matrix(*shape, fmt) for name, shape in shapes.items()}).run(model)
 
 
 def embedding_rows(hidden: int, format_name: str) -> onnx.ModelProto:

@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 Array = npt.NDArray[Any]
 IGNORE: Final = -100
+_GRAPHS: Final = ("prologue", "block_fwd", "block_bwd", "norm_fwd", "norm_bwd", "rows", "ce")
 
 
 def session(path: Path | bytes) -> ort.InferenceSession:
@@ -31,7 +32,7 @@ class Runner:
     """Loss and gradients of a batch. `tensors` by their names in the weight file, adapters as L{i}/{module}.A|B."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Array], layers: int, head_rows: int) -> None:
-        self._sessions = {path.stem: session(path) for path in folder.glob("*.onnx") if path.stem != "infer"}
+        self._sessions = {name: session(folder / f"{name}.onnx") for name in _GRAPHS}
         self._tensors, self._layers, self._head_rows = tensors, layers, head_rows
 
     def features(
@@ -44,6 +45,12 @@ class Runner:
         for index in range(self._layers):
             inputs.append(self._run("block_fwd", self._layer(index, adapter), x=inputs[-1], **aux)[0])
         return self._run("norm_fwd", h=inputs[-1])[0], inputs, aux
+
+    def rotary(self, length: int) -> tuple[Array, Array]:
+        """Cosine and sine tables [1, length, head_dim] of positions 0 to length - 1."""
+        ids = np.zeros((1, length), np.int64)
+        _, _, cos, sin = self._run("prologue", input_ids=ids, attention_mask=np.ones_like(ids))
+        return cos, sin
 
     def losses(self, ids: Array, mask: Array, labels: Array, adapter: Mapping[str, Array]) -> Array:
         """Negative log-likelihood of every label that is not IGNORE, in order; labels are already shifted."""
@@ -93,3 +100,29 @@ class Runner:
         given = {**self._tensors, **(more or {}), **feed}
         outputs: list[Array] = run.run(None, {value.name: given[value.name] for value in run.get_inputs()})
         return outputs
+
+
+class Decoder:
+    """The inference graph with its cache; rotary tables come from the prologue, so both uses share them."""
+
+    def __init__(self, graph: Path, training: Runner, adapter: Mapping[str, Array]) -> None:
+        self._session, self._training, self._adapter = session(graph), training, adapter
+        declared = {value.name: value.shape for value in self._session.get_inputs()}
+        self._empty = {n: shape for n, shape in declared.items() if n[0] in "kv" and n[1:].isdigit()}
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def start(self, batch: int) -> dict[str, Array]:
+        """A cache without any position."""
+        return {n: np.zeros((batch, s[1], 0, s[3]), np.float32) for n, s in self._empty.items()}
+
+    def step(self, ids: Array, cache: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """(logits [B, S, V], longer cache) for ids [B, S] that follow the cached positions."""
+        past = cache["k0"].shape[2]
+        total = past + ids.shape[1]
+        positions = np.arange(total)
+        lowest = np.finfo(np.float32).min
+        mask = np.where(positions[None] <= positions[past:, None], np.float32(0), lowest)[None, None]
+        cos, sin = self._training.rotary(total)
+        feed = {"ids": ids, "mask": np.repeat(mask, len(ids), 0), "cos": cos[:, past:], "sin": sin[:, past:]}
+        logits, *rest = self._session.run(None, {**feed, **cache, **self._adapter})
+        return logits, {n.removeprefix("n"): v for n, v in zip(self._outputs[1:], rest, strict=True)}

@@ -23,9 +23,9 @@ def training_graphs(
     _, frozen = block_parameters(block)
     shapes = {name: tuple(value.shape) for name, value in frozen.items() if name.endswith(".w")}
     joint = expand_powers(fold(export_block(block, hidden, head_dim(model))))
-    tell("export", 0.7)
+    tell("export", 0.5)
     norm = expand_powers(fold(export_norm(model.model.norm, hidden)))
-    tell("export", 0.85)
+    tell("export", 0.55)
     prologue = lower(
         fold(export_prologue(model.model.rotary_emb, hidden)), {"EMB": ("V", hidden)}, EMBEDDING_FORMAT
     )
@@ -39,7 +39,7 @@ def training_graphs(
         "rows.onnx": embedding_rows(hidden, EMBEDDING_FORMAT),
         "ce.onnx": cross_entropy_slice(hidden, EMBEDDING_FORMAT),
     }
-    tell("export", 1.0)
+    tell("export", 0.6)
     return {name: canonical(graph) for name, graph in graphs.items()}
 
 

@@ -1,0 +1,112 @@
+"""What torch says: loss, gradients and log-probabilities through transformers' own modules.
+
+The adapter is added by hooks on the untouched model, not by the rewritten block that is exported, so that a mistake
+in the rewriting cannot hide in its own reference.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedge.lora import LoraConfig
+from quantize.blocks import adapted_modules, layers_of
+from quantize.runner import IGNORE, Array
+from quantize.source import build_model
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids, attention mask and shifted labels (IGNORE where none), int64 [B, S], padded on the right."""
+
+    ids: Array
+    mask: Array
+    labels: Array
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]], pad: int) -> Batch:
+        width = max(map(len, rows))
+        ids = np.full((len(rows), width), pad, np.int64)
+        mask = np.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        labels = np.full_like(ids, IGNORE)
+        labels[:, :-1] = np.where(mask[:, 1:] > 0, ids[:, 1:], IGNORE)
+        return Batch(ids, mask, labels)
+
+
+def two_layer_cut(config: Any, vocabulary: int) -> Any:
+    """The same architecture with two layers, a small vocabulary and random weights."""
+    cut = copy.deepcopy(config)
+    cut.num_hidden_layers, cut.vocab_size, cut.pad_token_id = 2, vocabulary, None
+    if getattr(cut, "layer_types", None):
+        cut.layer_types = cut.layer_types[:2]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_model(cut)
+
+
+def random_adapter(
+    model: Any, lora: LoraConfig, random: np.random.Generator, *, scale: float
+) -> dict[str, npt.NDArray[np.float32]]:
+    """A and B of every layer, B not zero: with B = 0 the gradient of A would vanish and prove nothing."""
+    adapter = {}
+    for index in range(len(layers_of(model))):
+        for name, (rows, columns) in sorted(adapted_modules(model, lora).items()):
+            a = random.standard_normal((lora.r, columns)) / columns**0.5
+            adapter[f"L{index}/{name}.A"] = a.astype(np.float32)
+            adapter[f"L{index}/{name}.B"] = (random.standard_normal((rows, lora.r)) * scale).astype(
+                np.float32
+            )
+    return adapter
+
+
+def torch_gradients(
+    model: Any, lora: LoraConfig, adapter: Mapping[str, Array], batch: Batch
+) -> tuple[float, dict[str, Array]]:
+    """Loss and adapter gradients by torch autograd through transformers' own modules."""
+    leaves = {name: torch.from_numpy(value).clone().requires_grad_() for name, value in adapter.items()}
+    model.requires_grad_(False)
+    with _adapted(model, lora, leaves):
+        logits = model(
+            input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)
+        ).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten(), ignore_index=IGNORE
+        )
+        found = torch.autograd.grad(loss, list(leaves.values()))
+    return loss.item(), {name: value.numpy() for name, value in zip(leaves, found, strict=True)}
+
+
+def log_probabilities(model: Any, batch: Batch) -> Tensor:
+    """log p [B, S, V] of the plain model."""
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)
+        ).logits
+        return torch.log_softmax(logits, -1)
+
+
+@contextmanager
+def _adapted(model: Any, lora: LoraConfig, leaves: Mapping[str, Tensor]) -> Iterator[None]:
+    def hook(prefix: str) -> Any:
+        a, b = leaves[f"{prefix}.A"], leaves[f"{prefix}.B"]
+        return lambda module, inputs, output: output + lora.scale * (inputs[0] @ a.t() @ b.t())
+
+    handles = []
+    for index, layer in enumerate(layers_of(model)):
+        for name in adapted_modules(model, lora):
+            handles.append(layer.get_submodule(name).register_forward_hook(hook(f"L{index}/{name}")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
