@@ -1,12 +1,16 @@
 """A hub and its devices in one thread: the shipped machines, real cryptography, and a link that a test can disturb.
 
 Training is answered with a seeded random delta, sealing with the shipped codec and masks. Every Save is kept, so that
-a device or the hub can be killed at any point and started again from what was durable.
+a device or the hub can be killed at any point and started again from what was durable: raise PowerCut from
+`before_effect` or `after_effect`. The hub's broker sends again what was not acknowledged; a device's message is lost.
+`expected_adapter` works out, by other means than the hub, what the campaign must have ended with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,20 +24,37 @@ from edge_agent import effects as device_effects
 from edge_agent.agent import Agent
 from edge_agent.effects import AgentState
 from edge_agent.policy import Policy
+from edge_agent.round import Phase
 from fedge import topics
 from fedge.authority import Authority, new_authority
+from fedge.errors import ProtocolError
 from fedge.frames import ChunkHeader, chunk_span, encode_frame
 from fedge.identity import Signer, Verifier
 from fedge.lora import LoraConfig
-from fedge.messages import BlobRef, Facts, Training
+from fedge.messages import BlobRef, Facts, Training, decode_envelope
 from fedge.secagg.masks import Member
+from fedge.update import codec as coding
 from fedge.update.report import build_report
+from fedge.update.spec import UpdateCodec
 from hub import effects as hub_effects
-from hub.effects import CampaignRow, LedgerEntry
+from hub.effects import BlocRow, CampaignRow, LedgerEntry, RoundRow
 from hub.hub import Hub
 
 NUMBERS = 2048
 NOW = 1_800_000_000.0
+
+
+class PowerCut(BaseException):
+    """Raised by a test's hook; no handler of the machines may swallow it."""
+
+
+def kind_of(payload: bytes) -> str:
+    """The tag of the message in an envelope or bare; `chunk` for a frame."""
+    if payload[:2] == b"FG":
+        return "chunk"
+    with contextlib.suppress(ProtocolError):
+        payload = decode_envelope(payload).body
+    return str(msgspec.msgpack.decode(payload)["type"])
 
 
 def entropy_from(seed: int) -> Callable[[int], bytes]:
@@ -88,6 +109,9 @@ class Device:
     sent: dict[bytes, np.ndarray] = field(default_factory=dict)
     reports: dict[bytes, bytes] = field(default_factory=dict)
     carry: np.ndarray | None = None
+    words: dict[bytes, tuple[np.ndarray, UpdateCodec]] = field(default_factory=dict)  # before the masks
+    parts: dict[bytes, frozenset[bytes]] = field(default_factory=dict)  # whose deltas a report carries
+    carried: frozenset[bytes] = frozenset()
     timers: dict[str, float] = field(default_factory=dict)
     told: list[device_effects.Tell] = field(default_factory=list)
     seals: list[bytes] = field(default_factory=list)
@@ -108,7 +132,9 @@ class Device:
 class Fleet:
     """Devices, a hub and the messages between them. `run` delivers until nothing is left."""
 
-    def __init__(self, devices: int = 8, *, seed: int = 0, policy: Policy | None = None, root: int = 0) -> None:
+    def __init__(
+        self, devices: int = 8, *, seed: int = 0, policy: Policy | None = None, root: int = 0
+    ) -> None:
         self.now, self.shuffle = NOW, random.Random(seed)
         self.root = authority(root)
         verifier = Verifier("test", self.root.root_public)
@@ -125,6 +151,7 @@ class Fleet:
         self.filter: Callable[[str, str, bytes], list[bytes]] = lambda to, topic, payload: [payload]
         self.hub_signer, self.hub_seed, self.epoch = signer(self.root, "hub", "hub", 1), 77, 0
         self.before_effect: Callable[[str, object], None] = lambda who, effect: None
+        self.after_effect: Callable[[str, object], None] = lambda who, effect: None
         self.start_hub()
         for device in self.devices.values():
             device.start()
@@ -199,18 +226,40 @@ class Fleet:
                 self.device_event(device.name, device_effects.TimerFired(name))
         self.hub_event(hub_effects.TimerFired("tick"))
 
+    def settle(self, minutes: int = 100) -> None:
+        """Delivers and lets time pass until every campaign is closed and nobody has more to say."""
+        for _ in range(minutes):
+            self.run()
+            running = any(isinstance(row, CampaignRow) and not row.closed for row in self.rows.values())
+            if not running and all(d.agent.phase is Phase.CLOSED for d in self.devices.values()):
+                return
+            self.fire_timers()
+        raise AssertionError("the campaign never ends")
+
     # ---------------------------------------------------------------- effects
     def hub_event(self, event: hub_effects.Event) -> None:
+        try:
+            self._hub_event(event)
+        except PowerCut:
+            self.start_hub()
+            if not isinstance(event, hub_effects.Started | hub_effects.TimerFired):
+                self.hub_event(event)  # it was never acknowledged
+
+    def _hub_event(self, event: hub_effects.Event) -> None:
         done = self.hub.handle(self.now, event)
+        saves = [effect for effect in done if isinstance(effect, hub_effects.Save)]
         for effect in done:
-            self.before_effect("hub", effect)
             if isinstance(effect, hub_effects.StoreBlob):
+                self.before_effect("hub", effect)
                 self.blobs[effect.ref.sha256] = effect.data
-        for effect in done:
-            if isinstance(effect, hub_effects.Save):
+        if saves:  # one transaction
+            self.before_effect("hub", saves[0])
+            for effect in saves:
                 self._keep(effect.row)
+            self.after_effect("hub", saves[0])
         for effect in done:
             if isinstance(effect, hub_effects.Publish):
+                self.before_effect("hub", effect)
                 self.publish("hub", effect.topic, effect.payload, effect.retain)
             elif isinstance(effect, hub_effects.Tell):
                 self.hub_told.append(effect)
@@ -225,10 +274,14 @@ class Fleet:
     def device_event(self, name: str, event: device_effects.Event) -> None:
         device = self.devices[name]
         waiting: deque[device_effects.Event] = deque([event])
-        while waiting:
-            for effect in device.agent.handle(self.now, waiting.popleft()):
-                self.before_effect(name, effect)
-                waiting.extend(self._device_effect(device, effect))
+        try:
+            while waiting:
+                for effect in device.agent.handle(self.now, waiting.popleft()):
+                    self.before_effect(name, effect)
+                    waiting.extend(self._device_effect(device, effect))
+                    self.after_effect(name, effect)
+        except PowerCut:
+            self.boot(name)
 
     def _device_effect(self, device: Device, effect: device_effects.Effect) -> Iterator[device_effects.Event]:
         match effect:
@@ -252,11 +305,11 @@ class Fleet:
             case device_effects.Seal():
                 yield self._seal(device, effect)
             case device_effects.KeepCarry():
-                sent = device.sent.get(effect.transcript, device.deltas.get(effect.transcript))
-                device.carry = sent if sent is not None else device.carry
+                self._keep_carry(device, effect.transcript)
             case device_effects.DropCarry():
-                device.carry = None
-                device.reports.pop(effect.transcript, None)
+                device.carry, device.carried = None, frozenset()
+                for files in (device.deltas, device.sent, device.reports):
+                    files.pop(effect.transcript, None)
             case device_effects.SetTimer():
                 device.timers[effect.name] = self.now + effect.seconds
             case device_effects.CancelTimer():
@@ -267,6 +320,15 @@ class Fleet:
     def delta(self, device: Device, effect: device_effects.Train) -> np.ndarray:
         seed = int.from_bytes(hashlib.sha256(device.name.encode() + effect.transcript).digest()[:8], "big")
         return np.random.default_rng(seed).normal(0, device.scale, NUMBERS).astype(np.float32)
+
+    def _keep_carry(self, device: Device, transcript: bytes) -> None:
+        """As edge_agent.rounds does it with files."""
+        sent, delta = device.sent.pop(transcript, None), device.deltas.pop(transcript, None)
+        if sent is not None:
+            device.carry, device.carried = sent, device.parts[transcript]
+        elif delta is not None and device.carry is None:
+            device.carry, device.carried = delta, frozenset({transcript})
+        device.reports.pop(transcript, None)
 
     def _seal(self, device: Device, effect: device_effects.Seal) -> device_effects.Event:
         assert device.saved.consumed == effect.transcript, "masks are consumed on disk before they are made"
@@ -286,6 +348,9 @@ class Fleet:
             entropy=effect.entropy,
         )
         device.reports[effect.transcript], device.sent[effect.transcript] = built.body, built.sent
+        words = coding.encode(built.sent, effect.codec, effect.entropy).words
+        device.words[effect.transcript] = words, effect.codec
+        device.parts[effect.transcript] = device.carried | {effect.transcript}
         return device_effects.Sealed(effect.transcript, built.digest, len(built.body))
 
     # ---------------------------------------------------------------- what tests ask
@@ -298,3 +363,32 @@ class Fleet:
 
     def adapter(self) -> np.ndarray:
         return np.frombuffer(self.blobs[self.campaign.adapter.sha256], "<f4")
+
+    def opened(self) -> list[RoundRow]:
+        """The rounds whose sums were opened, in that order."""
+        rounds = {(r.bloc, r.round): r for r in self.rows.values() if isinstance(r, RoundRow)}
+        return [rounds[entry.bloc, entry.round] for entry in self.kinds("opened")]
+
+    def expected_adapter(self) -> np.ndarray:
+        """The mean rule over what the devices say that they sent, bit for bit: no masks, no hub."""
+        blocs = {row.id: row for row in self.rows.values() if isinstance(row, BlocRow)}
+        everyone = sum(len(bloc.members) for bloc in blocs.values())
+        adapter = np.zeros(NUMBERS, np.float32)
+        for version, row in enumerate(self.opened()):
+            late = max(0, version - row.base_version - (len(blocs) - 1))
+            sent = [self.devices[name].words[row.transcript] for name in blocs[row.bloc].members]
+            words = np.sum([words for words, _ in sent], axis=0, dtype=sent[0][0].dtype)
+            total = coding.decode(words, sent[0][1], NUMBERS)
+            adapter = adapter + total * np.float32(1 / (everyone * math.sqrt(1 + late)))
+        return adapter
+
+    def check(self) -> None:
+        """What must hold whatever went wrong: the exact mean, every update once, no transcript masked twice."""
+        assert self.adapter().tobytes() == self.expected_adapter().tobytes()
+        members = {row.id: row.members for row in self.rows.values() if isinstance(row, BlocRow)}
+        for device in self.devices.values():
+            assert len(set(device.seals)) == len(device.seals), "one transcript was masked twice"
+            counted = [
+                p for r in self.opened() if device.name in members[r.bloc] for p in device.parts[r.transcript]
+            ]
+            assert len(set(counted)) == len(counted), "an update was counted twice"

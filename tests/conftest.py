@@ -1,0 +1,1 @@
+"""Makes `playbook`, the in-memory fleet, importable from every test."""
