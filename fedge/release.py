@@ -87,6 +87,11 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
 
 
+def bundle_digest(manifest: Manifest) -> str:
+    """The name of a bundle: SHA-256 of its manifest's bytes, in hexadecimal."""
+    return hashlib.sha256(encode_manifest(manifest)).hexdigest()
+
+
 def sign_manifest(data: bytes, key: Ed25519PrivateKey) -> bytes:
     """Detached 64-byte Ed25519 signature over the manifest's bytes (RFC 8032)."""
     return key.sign(_DOMAIN + data)
