@@ -18,11 +18,10 @@ from edge_agent.resources import memory_of
 from fedge.io import durable
 
 _ROUNDS_KEPT: Final = 1_000
-_KB_IN_MB: Final = 1_024
 
 
 class Figures(msgspec.Struct, kw_only=True):
-    """What `stats.json` holds."""
+    """What `stats.json` holds. Megabytes are 10^6 bytes."""
 
     at: float = 0.0
     phase: str = ""
@@ -117,4 +116,4 @@ def _earlier(path: Path) -> Figures:
 
 
 def _mb(kilobytes: float) -> float:
-    return round(kilobytes / _KB_IN_MB, 1)
+    return round(kilobytes * 1_024 / 1e6, 1)

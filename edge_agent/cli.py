@@ -1,0 +1,214 @@
+"""`fedge agent`: join a fleet, run, look, and try things out alone. Nothing heavy is imported before a word runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from edge_agent.home import Home
+
+_EPILOG: Final = """\
+a first device:
+  fedge agent train-once --bundle DIR --data my.jsonl    alone, without a network: does it learn on this board?
+  fedge agent enroll TOKEN                               join a fleet; the operator has the token
+  fedge agent run --data my.jsonl                        take part; stop it with Ctrl-C, nothing is lost
+  fedge agent status                                     from another terminal
+  fedge agent unit --data my.jsonl                       the same as a systemd service
+
+The data file is JSON Lines and never leaves this device:
+  {"prompt": "how was it?", "completion": "so good"}
+  {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+
+What a hub may ask of this device is bounded by policy.toml in its home; the defaults are explained there.
+"""
+_HOME_HELP: Final = "where this device keeps its identity and state (default: ~/.local/share/fedge/agent)"
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `agent` and its words."""
+    agent = subparsers.add_parser(
+        "agent",
+        help="the device",
+        description="The device: joins a fleet and trains on private data that stays here.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    words = agent.add_subparsers(dest="agent_command", metavar="WORD", required=True)
+    _add_enroll(words)
+    _add_run(words)
+    _add_status(words)
+    _add_train_once(words)
+    _add_unit(words)
+
+
+def _add_enroll(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    enroll = words.add_parser(
+        "enroll",
+        help="join a fleet with a one-time token",
+        description="Joins a fleet. Keys are made here and never leave; the token, one line from `fedge hub token`, "
+        "says where the hub is and how to recognise it, and is used up.",
+    )
+    enroll.add_argument("token", metavar="TOKEN", help="the line that begins with fedge1.")
+    enroll.add_argument(
+        "--name", default="", help="a name to ask for, a-z, 0-9 and - (default: the hub chooses)"
+    )
+    _add_home(enroll)
+    enroll.set_defaults(run=_enroll)
+
+
+def _add_run(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = words.add_parser(
+        "run",
+        help="take part in the fleet's rounds until stopped",
+        description="Takes part until SIGTERM or Ctrl-C. It may be killed at any moment: it goes on where it was.",
+    )
+    run.add_argument("--data", type=Path, required=True, metavar="FILE", help="private examples, JSON Lines")
+    run.add_argument("--threads", type=_count, default=0, help="for training (default: all it may use)")
+    run.add_argument(
+        "--linger",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="keep an idle worker so long (default: 20)",
+    )
+    shared = run.add_argument_group("several agents on one machine")
+    shared.add_argument("--blobs", type=Path, metavar="DIR", help="share downloads in this folder")
+    shared.add_argument(
+        "--slots", type=Path, metavar="DIR", help="take turns: locks of training slots lie here"
+    )
+    shared.add_argument(
+        "--slot-count", type=_count, default=1, metavar="N", help="so many train at a time (1)"
+    )
+    _add_home(run)
+    run.set_defaults(run=_run)
+
+
+def _add_status(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = words.add_parser("status", help="who this device is and how it is doing")
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    _add_home(status)
+    status.set_defaults(run=_status)
+
+
+def _add_train_once(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    once = words.add_parser(
+        "train-once",
+        help="alone and offline: train a few steps, print the loss before and after",
+        description="Holds every fifth conversation out, trains a few steps on the rest, and prints the loss on what "
+        "was held out, before and after. Needs no fleet; nothing is kept.",
+    )
+    once.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="from `fedge quantize`")
+    once.add_argument("--data", type=Path, required=True, metavar="FILE", help="private examples, JSON Lines")
+    once.add_argument("--steps", type=_count, default=5, help="training steps (default: 5)")
+    once.add_argument("--rate", type=float, help="learning rate (default: the fleet's)")
+    once.add_argument("--rows", type=_count, help="rows in a step (default: the fleet's)")
+    once.add_argument("--window", type=_count, metavar="TOKENS", help="longest row (default: the fleet's)")
+    once.add_argument("--threads", type=_count, default=0, help="(default: all it may use)")
+    once.add_argument("--json", action="store_true", help="as one JSON object")
+    once.set_defaults(run=_train_once)
+
+
+def _add_unit(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    unit = words.add_parser(
+        "unit",
+        help="print a systemd unit for this agent",
+        description="Prints a hardened unit with this machine's paths. To install it: "
+        "fedge agent unit --data FILE | sudo tee /etc/systemd/system/fedge-agent.service",
+    )
+    unit.add_argument("--data", type=Path, required=True, metavar="FILE", help="private examples, JSON Lines")
+    _add_home(unit)
+    unit.set_defaults(run=_unit)
+
+
+def _add_home(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--home", type=Path, metavar="DIR", help=_HOME_HELP)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return number
+
+
+def _home(arguments: argparse.Namespace) -> Home:
+    from edge_agent.home import Home, default_home
+
+    return Home(arguments.home.absolute()) if arguments.home else default_home()
+
+
+# ---------------------------------------------------------------- what the words do
+def _enroll(arguments: argparse.Namespace) -> None:
+    from edge_agent.enrol import enroll
+
+    home = _home(arguments)
+    identity = enroll(arguments.token, home, name=arguments.name)
+    print(f"joined fleet {identity.fleet} as {identity.device}; home: {home.folder}")
+    print(f"your bounds for what a hub may ask: {home.policy}")
+    print("next: fedge agent run --data FILE")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from edge_agent import driver
+    from edge_agent.settings import Settings
+
+    return driver.run(
+        Settings(
+            home=_home(arguments),
+            data=arguments.data,
+            blobs=arguments.blobs,
+            slots=arguments.slots,
+            slot_count=arguments.slot_count,
+            threads=arguments.threads,
+            linger_seconds=arguments.linger,
+        )
+    )
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    import msgspec
+
+    from edge_agent.status import lines, look
+
+    status = look(_home(arguments))
+    if arguments.json:
+        print(msgspec.json.encode(status).decode())
+    else:
+        print("\n".join(lines(status)))
+
+
+def _train_once(arguments: argparse.Namespace) -> None:
+    import msgspec
+
+    from edge_agent import trial
+    from fedge.errors import UsageError
+    from fedge.messages import Training
+
+    wanted = {
+        "rate": arguments.rate,
+        "batch_rows": arguments.rows,
+        "window_tokens": arguments.window,
+    }
+    try:
+        training = msgspec.convert(
+            {name: value for name, value in wanted.items() if value is not None}, Training
+        )
+    except msgspec.ValidationError as error:
+        raise UsageError(f"training cannot be done so: {error}") from error
+    found = trial.train_once(
+        arguments.bundle,
+        arguments.data,
+        steps=arguments.steps,
+        training=training,
+        threads=arguments.threads,
+        progress=trial.on_terminal,
+    )
+    print(msgspec.json.encode(found).decode() if arguments.json else trial.text(found))
+
+
+def _unit(arguments: argparse.Namespace) -> None:
+    from edge_agent.unit import unit_text
+
+    print(unit_text(_home(arguments), arguments.data), end="")

@@ -1,0 +1,27 @@
+"""The systemd unit of an agent, with this machine's paths in it."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from pathlib import Path
+from typing import Final
+
+from edge_agent.home import Home
+
+TEMPLATE: Final = Path(__file__).with_name("data") / "fedge-agent.service"
+
+
+def unit_text(home: Home, data: Path) -> str:
+    """The unit file for an agent in `home` that trains on `data`, run by the user who asks."""
+    command = [sys.executable, "-m", "edge_agent", "run", "--home", str(home.folder.resolve())]
+    words = [*command, "--data", str(data.resolve())]
+    text = TEMPLATE.read_text("utf-8")
+    text = text.replace("@COMMAND@", " ".join(_quoted(word) for word in words))
+    return text.replace("@HOME@", _quoted(str(home.folder.resolve()))).replace("@USER@", getpass.getuser())
+
+
+def _quoted(word: str) -> str:
+    """A word as systemd reads it: `%` and `$` stand for themselves, spaces and quotes are kept (systemd.syntax(7))."""
+    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{plain}"' if any(c in plain for c in " \t\"'\\;") else plain
