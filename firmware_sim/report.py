@@ -9,61 +9,21 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Final
 
+from rich.console import Console
+from rich.table import Table
+
 from fedge.io import durable
-from firmware_sim import charts
-from firmware_sim.evaluation import Spread, spread
-from firmware_sim.result import (
-    DIVERGED,
-    Figure,
-    Person,
-    Result,
-    Round,
-    as_result,
-    change_text,
-    figure_text,
-    finite,
-)
+from firmware_sim import charts, tables
+from firmware_sim.result import DIVERGED, Result, as_result, change_text, figure_text, finite
+from firmware_sim.summary import Group, groups_of, megabytes_text, seconds_text, size_text
 
 _TEMPLATE: Final = "data/report.html"
-_PARTS: Final = ("prepare", "quantize", "train", "evaluate", "total")
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """People of one kind: their loss per token before and after, and how they differ. No spread without figures."""
-
-    name: str
-    people: tuple[Person, ...]
-    before: Figure
-    after: Figure
-    reference: Figure
-    spread: Spread | None
-
-
-def groups_of(result: Result) -> tuple[Group, Group]:
-    """Those who took part, and those never seen."""
-    loss = result.loss
-    took, rest = [
-        tuple(person for person in result.people if person.took_part is flag) for flag in (True, False)
-    ]
-    return (
-        Group("took part", took, loss.zero_shot, loss.took_part, loss.pooled_reference, _spread(took)),
-        Group(
-            "never seen",
-            rest,
-            loss.zero_shot_never_seen,
-            loss.never_seen,
-            loss.pooled_reference_never_seen,
-            _spread(rest),
-        ),
-    )
 
 
 def write_report(result: Result | Mapping[str, object], path: Path) -> None:
@@ -91,17 +51,17 @@ def page(result: Result) -> str:
         legend=_legend(result),
         loss_wide=charts.loss_by_round(result, charts.WIDE),
         loss_narrow=charts.loss_by_round(result, charts.NARROW),
-        rounds=_rounds(result.round_log),
+        rounds=tables.rounds(result.round_log),
         people_caption="From the ring (before) to the dot (after). These are the simulator's own measurements: it owns "
         "everybody's held-out messages. A hub in the field sees none of this.",
         people_wide=charts.dumbbells(people, charts.WIDE),
         people_narrow=charts.dumbbells(people, charts.NARROW),
-        spread=_spread_table(result, (took, rest)),
-        traffic=_meters(_traffic(result), "What travels, for each device"),
-        memory=_meters(_memory(result), "Memory of the agent and its worker"),
+        spread=tables.spread((took, rest)),
+        traffic=tables.traffic(result.bytes),
+        memory=tables.memory(result.agent),
         seen=_seen(result),
         limits="".join(f"<li>{text}</li>" for text in _limits(result)),
-        time=_time(result),
+        time=tables.time(result),
         footer=_footer(result),
     )
 
@@ -117,13 +77,14 @@ def _headline(took: Group) -> str:
 
 
 def _story(result: Result, took: Group, rest: Group) -> str:
-    opened = f"{result.opened_blocs} such sums were opened"
-    sat_out = f", and {result.sat_out} times a bloc sat out" if result.sat_out else ", and no bloc sat out"
+    opened = f"It opened {result.opened_blocs} such sums"
+    times = "once" if result.sat_out == 1 else f"{result.sat_out} times"
+    sat_out = f"; {times} a bloc sat a round out" if result.sat_out else "; no bloc sat a round out"
     first = (
         f"{result.devices} devices, each with the messages of one person, fine-tuned "
         f"{escape(result.model.name)} in {result.rounds} rounds of {result.steps} steps. No message left its device. "
         f"What left was the change of a small adapter, masked, so that the hub could open nothing but the sum over a "
-        f"whole bloc of {result.bloc_devices} devices. {opened}{sat_out}."
+        f"whole bloc, a fixed group of {result.bloc_devices} devices. {opened}{sat_out}."
     )
     second = f"On messages that nobody trained on, {_outcome('people who took part', took)}"
     third = f"For the people who were never seen, {_outcome('', rest)}" if rest.people else ""
@@ -148,18 +109,20 @@ def _cards(result: Result, took: Group, rest: Group) -> str:
     cards = [
         _loss_card("Loss, people who took part", took),
         _loss_card("Loss, people never seen", rest) if rest.people else "",
-        _card("Upload per device and round", _size(traffic.up_per_round), "masked, the same for everyone"),
+        _card(
+            "Upload per device and round", size_text(traffic.up_per_round), "masked, the same for everyone"
+        ),
         _card(
             "Peak memory of an agent",
-            _megabytes(memory.peak_rss_mb),
-            f"{_megabytes(memory.peak_anon_mb)} of it its own; the rest are pages of files",
+            megabytes_text(memory.peak_rss_mb),
+            f"{megabytes_text(memory.peak_anon_mb)} of its own; the rest are pages of files",
         ),
     ]
     return "".join(cards)
 
 
 def _loss_card(title: str, group: Group) -> str:
-    number = f'<span class="was">{figure_text(group.before)} →</span> {figure_text(group.after)}'
+    number = f'<span class="was">{figure_text(group.before)} →</span> <span>{figure_text(group.after)}</span>'
     if group.spread is None:
         return _card(title, number, "nats per token")
     return _card(title, number, f"lower for {group.spread.improved} of {group.spread.people} people")
@@ -173,13 +136,15 @@ def _legend(result: Result) -> str:
     blocs = charts.blocs_of(result.round_log)
     shown = blocs if len(blocs) <= len(charts.DASHES) else []
     keys = [
-        (f'<line class="line" x1="1" x2="27" y1="6" y2="6" stroke-dasharray="{dash}"/>', f"bloc {bloc}")
+        (f'<line class="line" x1="1" x2="27" y1="6" y2="6" stroke-dasharray="{dash}"/>', bloc)
         for bloc, dash in zip(shown, charts.DASHES, strict=False)
     ]
     if not shown and blocs:
         keys.append(('<line class="line" x1="1" x2="27" y1="6" y2="6"/>', f"each of {len(blocs)} blocs"))
     keys.append(('<circle class="dot" cx="14" cy="6" r="5"/>', "held-out, took part"))
     keys.append(('<circle class="ring" cx="14" cy="6" r="4.5"/>', "held-out, never seen"))
+    if any(entry.training_loss == DIVERGED for entry in result.round_log):
+        keys.append(('<text class="cross middle" x="14" y="12">×</text>', "diverged"))
     return "".join(
         f'<li><svg width="28" height="12" aria-hidden="true">{mark}</svg>{escape(text)}</li>'
         for mark, text in keys
@@ -192,19 +157,22 @@ def _seen(result: Result) -> str:
         "Which devices took part, in which bloc, when each reported and how many bytes it sent.",
         "Coarse facts that a device states about itself: kind of board, free memory in steps, pace, the order of "
         "magnitude of its data.",
-        f"For each bloc and round, one sum over all {k} members: of their updates, and of their losses, token counts and "
-        "norms. The curve above is made of these.",
+        f"For each bloc and round, one sum over all {k} members: of their updates, and of their losses, token counts "
+        "and norms. The curve above is made of these.",
         "Every adapter, since it is the sum of such sums.",
     )
     could_not = (
         "A message, a token of one, or how one device's loss develops.",
         f"The update of one device: masks cancel in the sum over all {k} members and in no other sum.",
-        "A bloc in which somebody was missing: it is not opened at all, and its members carry their work over.",
-        "Two different groupings of the same devices, which would let it tell them apart: a device refuses another bloc.",
+        "Anything of a bloc in which somebody was missing: it is not opened, and its members carry their work over.",
+        "Two different groupings of the same devices, which would tell them apart: a device refuses a second bloc.",
     )
-    return (
-        f'<div class="columns"><div class="known"><h3>It could see</h3>{_list(could)}</div>'
-        f'<div class="unknown"><h3>It could not see</h3>{_list(could_not)}</div></div>'
+    return "".join(
+        f'<div class="{kind}"><h3>{title}</h3><ul>{"".join(f"<li>{item}</li>" for item in items)}</ul></div>'
+        for kind, title, items in (
+            ("known", "It could see", could),
+            ("unknown", "It could not see", could_not),
+        )
     )
 
 
@@ -233,157 +201,72 @@ def _footer(result: Result) -> str:
     )
 
 
-# ------------------------------------------------------------ tables
-def _rounds(log: Sequence[Round]) -> str:
-    rows = [
-        (
-            f"<th>{escape(entry.bloc)}</th>",
-            _n(str(entry.round)),
-            _n(figure_text(entry.training_loss)),
-            _n(figure_text(entry.mean_norm)),
-            _n(figure_text(entry.sum_norm)),
-            _n("" if entry.bits is None else str(entry.bits)),
-            _n(_seconds(entry.seconds)),
-        )
-        for entry in sorted(log, key=lambda entry: (entry.bloc, entry.round))
-    ]
-    head = (
-        "bloc",
-        "round",
-        "training loss",
-        "mean norm of an update",
-        "norm of the sum",
-        "bits a word",
-        "wall time",
-    )
-    return _table(head, rows)
+# ------------------------------------------------------------ terminal
+def print_table(result: Result, folder: Path | None = None, *, console: Console | None = None) -> None:
+    """Print what was found: loss by group with its spread, and what it cost; `folder` says where the rest is."""
+    screen = console or Console()
+    screen.print()
+    screen.print(_loss_table(groups_of(result)))
+    screen.print(_cost_table(result))
+    for note in result.notes:
+        screen.print(f"note: {note}", markup=False, highlight=False)
+    if folder is not None:
+        screen.print(f"Look at {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+        where = f"{folder / 'result.json'} has the figures, {folder / 'adapter'} the adapter (PEFT)"
+        screen.print(where, markup=False, highlight=False, soft_wrap=True)
 
 
-def _spread_table(result: Result, groups: Sequence[Group]) -> str:
-    with_reference = any(group.reference is not None for group in groups)
-    head = [
-        "",
-        "people",
-        "before",
-        "after",
-        "change per person",
-        "standard deviation",
-        "smallest drop",
-        "improved",
-    ]
-    rows = []
+def _loss_table(groups: Sequence[Group]) -> Table:
+    table = Table(title="Held-out loss, nats per token", title_justify="left", box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("people", "before", "after", "change", "sd over people", "smallest drop", "lower for"):
+        table.add_column(name, justify="right")
     for group in groups:
         if not group.people:
             continue
-        cells = [f"<th>{group.name}</th>", _n(str(len(group.people)))]
-        cells += [_n(figure_text(group.before)), _n(figure_text(group.after)), *_spread_cells(group.spread)]
-        rows.append(tuple([*cells, _n(figure_text(group.reference))] if with_reference else cells))
-    note = ""
-    if with_reference:
-        head.append("pooled reference")
-        note = (
-            '<p class="quiet">Pooled reference: the same trainer on the same batches, all data in one place, as many '
-            "sequential steps, nothing masked.</p>"
+        found = group.spread
+        table.add_row(
+            group.name,
+            str(len(group.people)),
+            figure_text(group.before),
+            figure_text(group.after),
+            change_text(group.before, group.after),
+            f"{found.sd:.3f}" if found else "–",
+            f"{found.smallest:.3f}" if found else "–",
+            f"{found.improved} of {found.people}" if found else "–",
         )
-    left_out = sum(len(group.people) - (group.spread.people if group.spread else 0) for group in groups)
-    if left_out:
-        note += f'<p class="quiet">{left_out} people without a finite figure are left out of the spread.</p>'
-    return _table(head, rows) + note
+        if group.reference is not None:
+            change = change_text(group.before, group.reference)
+            table.add_row("  pooled reference", "", "", figure_text(group.reference), change)
+    return table
 
 
-def _spread_cells(found: Spread | None) -> list[str]:
-    if found is None:
-        return [_n("–")] * 4
-    return [
-        _n(change_text(found.mean, 0.0)),
-        _n(f"{found.sd:.3f}"),
-        _n(f"{found.smallest:.3f}".replace("-", "\N{MINUS SIGN}")),
-        _n(f"{found.improved} of {found.people}"),
-    ]
-
-
-def _traffic(result: Result) -> list[tuple[str, float | None, str]]:
-    traffic = result.bytes
-    named = (
-        ("up, one round", traffic.up_per_round),
-        ("up, whole run", traffic.up_total_per_device),
-        ("down, whole run", traffic.down_total_per_device),
-        ("the bundle, once", traffic.bundle),
-    )
-    return [(name, value, _size(value)) for name, value in named]
-
-
-def _memory(result: Result) -> list[tuple[str, float | None, str]]:
-    memory = result.agent
-    named = (
-        ("idle, resident", memory.idle_rss_mb),
-        ("training, its own (anonymous)", memory.peak_anon_mb),
-        ("training, resident with file pages", memory.peak_rss_mb),
-    )
-    return [(name, value, _megabytes(value)) for name, value in named]
-
-
-def _meters(rows: Sequence[tuple[str, float | None, str]], caption: str) -> str:
-    largest = max((value for _, value, _ in rows if value), default=1.0)
-    body = [
+def _cost_table(result: Result) -> Table:
+    traffic, memory = result.bytes, result.agent
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    rows = (
         (
-            f"<th>{name}</th>",
-            f'<td class="meter"><div style="width:{100 * (value or 0) / largest:.2f}%"></div></td>'
-            if value
-            else "<td></td>",
-            _n(text),
-        )
-        for name, value, text in rows
-    ]
-    return _table((caption, "", ""), body)
-
-
-def _time(result: Result) -> str:
-    wall = {part: getattr(result.seconds, part) for part in _PARTS}
-    others = sorted(set(result.cpu_seconds) - set(_PARTS))
-    rows = [
-        (f"<th>{escape(part)}</th>", _n(_seconds(wall.get(part))), _n(_seconds(result.cpu_seconds.get(part))))
-        for part in (*_PARTS[:-1], *others, _PARTS[-1])
-    ]
-    return _table(("", "wall time", "processor time, all processes"), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
-    titles = "".join(f"<th{_aligned(place)}>{escape(text)}</th>" for place, text in enumerate(head))
-    body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
-    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _aligned(place: int) -> str:
-    return ' class="n"' if place else ""
-
-
-def _n(text: str) -> str:
-    return f'<td class="n">{escape(text)}</td>'
-
-
-def _list(items: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
-
-
-# ------------------------------------------------------------ units
-def _size(count: int | None) -> str:
-    if count is None:
-        return "not measured"
-    return f"{count / 1e6:,.2f} MB" if count >= 1_000_000 else f"{count / 1e3:,.1f} KB"
-
-
-def _megabytes(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:,.0f} MB"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.1f} s" if value < 120 else f"{int(value) // 60} min {int(value) % 60:02d} s"
-
-
-def _spread(people: Sequence[Person]) -> Spread | None:
-    pairs = [(finite(person.before), finite(person.after)) for person in people]
-    whole = [(before, after) for before, after in pairs if before is not None and after is not None]
-    return spread(whole) if whole else None
+            "rounds",
+            f"{result.rounds} of {result.steps} steps; {result.opened_blocs} sums opened, {result.sat_out} sat out",
+        ),
+        (
+            "up, per device",
+            f"{size_text(traffic.up_per_round)} a round, {size_text(traffic.up_total_per_device)} in all",
+        ),
+        (
+            "down, per device",
+            f"{size_text(traffic.down_total_per_device)} in all, of it the bundle {size_text(traffic.bundle)}",
+        ),
+        (
+            "memory of an agent",
+            f"{megabytes_text(memory.peak_rss_mb)} at most ({megabytes_text(memory.peak_anon_mb)} of its own), "
+            f"{megabytes_text(memory.idle_rss_mb)} idle",
+        ),
+        (
+            "time",
+            f"{seconds_text(result.seconds.total)}, of it training {seconds_text(result.seconds.train)}",
+        ),
+    )
+    for name, text in rows:
+        table.add_row(name, text)
+    return table

@@ -64,7 +64,10 @@ class Person(_Part, frozen=True):
 
 
 class Round(_Part, frozen=True):
-    """What the opened sum of one bloc said. All figures are null where the bloc sat the round out."""
+    """What the opened sum of one bloc said; figures are null where the bloc sat the round out.
+
+    `seconds`: from the start of training to the end of this round.
+    """
 
     bloc: str
     round: int
