@@ -22,6 +22,8 @@ PACKET_BYTES_MAX: Final = limits.FRAME_BYTES_HARD_MAX + 1_024  # payload, topic 
 QUEUED_MESSAGES_MAX: Final = 2_000  # for one client that is away
 QUEUED_BYTES_MAX: Final = 64 * 1024**2
 
+_FLAGS: Final = {"https_port": "--port", "mqtt_port": "--mqtt-port"}
+
 
 class Broker(Protocol):
     """A broker and how to reach it from this machine."""
@@ -37,7 +39,10 @@ class Broker(Protocol):
         """Stop serving."""
 
     def expel(self, revoked: frozenset[int]) -> None:
-        """From now on refuse these X.509 serial numbers, live connections included."""
+        """From now on refuse these X.509 serial numbers, live connections included. Also before `start`."""
+
+    def refresh(self) -> None:
+        """The revocation list file was written anew, with the same numbers and a later end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,9 @@ class ForeignBroker:
     def expel(self, revoked: frozenset[int]) -> None:
         """The machine refuses what a revoked device says; its connection is the broker's operator's to end."""
 
+    def refresh(self) -> None:
+        """The list is ours; what that broker reads is its operator's business."""
+
 
 def choose_broker(config: HubConfig, setup: BrokerSetup) -> Broker:
     """The broker that `config.broker` names. Raises UnavailableError when it is not installed."""
@@ -115,7 +123,7 @@ def listen(bind: str, port: int, field: str) -> socket.socket:
         listener.listen(1_024)
     except OSError as error:
         listener.close()
-        flag = "--" + field.replace("_", "-")
+        flag = _FLAGS.get(field, "--port")
         hint = f"Stop what listens there (ss -ltnp), or choose another port with {flag}"
         if error.errno == errno.EACCES:
             hint = f"Ports below 1024 need root: choose another one with {flag}"

@@ -23,7 +23,7 @@ from fedge.errors import FedgeError, ProtocolError, UnavailableError
 from fedge.io.link import Token
 from fedge.messages import HubState, encode
 from hub import effects
-from hub.authority import CANARY
+from hub.authority import CANARY, VICTIM
 from hub.blobs import Blobs
 from hub.effects import (
     CampaignAsked,
@@ -158,7 +158,7 @@ class Driver:
             return None
 
     def _arrived(self, event: Received, token: Token) -> None:
-        if topics.device_of(event.topic) == CANARY:
+        if topics.device_of(event.topic) in (CANARY, VICTIM):
             self._on_canary(event.topic, event.payload)
             self._acknowledge(token)
             return

@@ -45,6 +45,7 @@ class EmbeddedBroker:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="broker", daemon=True)
         self._broker: CertifiedBroker | None = None
+        self._revoked: frozenset[int] = frozenset()
 
     def start(self) -> None:
         """Serves. Raises UnavailableError when it cannot."""
@@ -64,14 +65,19 @@ class EmbeddedBroker:
 
     def expel(self, revoked: frozenset[int]) -> None:
         """From now on refuses these X.509 serial numbers, live connections included."""
+        self._revoked = revoked
         if self._broker is not None:
             self._call(self._broker.expel(revoked))
+
+    def refresh(self) -> None:
+        """The list file is for other brokers; here the numbers themselves are compared."""
 
     async def _serve(self) -> None:
         bind = f"[{self._setup.bind}]" if ":" in self._setup.bind else self._setup.bind
         listener = {"type": "tcp", "bind": f"{bind}:{self.port}", "ssl": True}
         plugins: dict[str, dict[str, str]] = {f"{__name__}.{plugin}": {} for plugin in ("Known", "Access")}
         self._broker = CertifiedBroker({"listeners": {"default": listener}, "plugins": plugins}, self._setup)
+        await self._broker.expel(self._revoked)
         try:
             await self._broker.start()
         except BrokerError as error:

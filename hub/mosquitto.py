@@ -97,6 +97,12 @@ class Mosquitto:
         """The list is on the disk; a restart applies it to live connections, too. Others come back by themselves."""
         self._terminate()
 
+    def refresh(self) -> None:
+        """Reads the revocation list again, which has a new date; nobody is disconnected."""
+        child = self._child
+        if child is not None and child.poll() is None:
+            child.send_signal(signal.SIGHUP)
+
     # ------------------------------------------------------------ keeping it alive
     def _keep_alive(self) -> None:
         """Runs in its own thread, which is the child's parent in the kernel's eyes: it must outlive the child."""

@@ -53,6 +53,7 @@ READY: Final = "ready.json"
 _REVOCATIONS: Final = "revoked.crl"
 _LIST_SECONDS: Final = 86_400.0  # the revocation list is written anew daily; it is valid for thirty days
 _QUEUED_MAX: Final = 4_096
+_CONNECT_SECONDS: Final = 30.0
 
 
 class ReadyInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +85,7 @@ class HubProcess:
         self.authority_pem = (authority_folder(home) / "authority.pem").read_bytes()
         self.url = _url(config)
         self._failure: FedgeError | None = None
+        self._up, self._link_problem = threading.Event(), ""
         self._revoked = Revoked(frozenset(), frozenset())
         self._fleet_revoked: set[int] = set()  # the machine's verifier looks here
         self._list_written = 0.0
@@ -156,8 +158,8 @@ class HubProcess:
             client_tls(pair.certificate, pair.certificate, pair.key, pem=self.authority_pem.decode()),
             SUBSCRIPTIONS,
             Will(topics.HUB_STATE, down),
-            on_up=self.driver.enqueue_up,
-            on_down=lambda reason: _tell(Tell(reason, "link-down")),
+            on_up=self._link_is_up,
+            on_down=self._link_is_down,
             on_message=self.driver.enqueue_message,
             manual_ack=True,
             queued_max=_QUEUED_MAX,
@@ -183,8 +185,21 @@ class HubProcess:
         _tell(Tell(f"{reply.device} joined the fleet"))
         return reply
 
+    def _link_is_down(self, reason: str) -> None:
+        self._link_problem = reason
+        _tell(Tell(reason, "link-down"))
+
+    def _link_is_up(self) -> None:
+        self._up.set()
+        self.driver.enqueue_up()
+
     def _check(self, on_ready: Callable[[ReadyInfo], None]) -> None:
         try:
+            if not self._up.wait(_CONNECT_SECONDS):
+                raise UnavailableError(
+                    f"the hub cannot connect to its broker: {self._link_problem or 'no answer'}",
+                    field="broker",
+                )
             self.canary.check(self.link.publish)
             on_ready(self._ready_info())
         except FedgeError as error:
@@ -213,9 +228,11 @@ class HubProcess:
         path = self.config.folder / "broker" / _REVOCATIONS
         write_revocations(path, self.authority, sorted(found.tls), now=now)
         self._fleet_revoked.update(found.fleet)
-        self._revoked, first, self._list_written = found, not self._list_written, now
-        if not first:
+        self._revoked, self._list_written = found, now
+        if changed:
             self.broker.expel(found.tls)
+        else:
+            self.broker.refresh()
 
 
 def run_hub(config: HubConfig, on_ready: Callable[[ReadyInfo], None]) -> None:
