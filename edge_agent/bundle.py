@@ -139,7 +139,9 @@ def _read_small(path: Path, bytes_max: int) -> bytes:
         with path.open("rb") as stream:
             return stream.read(bytes_max + 1)
     except FileNotFoundError as error:
-        raise NoInputError("bundle is not here or not whole", field="path", value=str(path)) from error
+        raise NoInputError(
+            f"bundle is not here or not whole: no {path.name}", field="folder", value=str(path.parent)
+        ) from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}", field="path", value=str(path)) from error
 
@@ -148,7 +150,9 @@ def _look(path: Path, entry: FileEntry) -> tuple[int, int, int, int]:
     try:
         stat = path.stat()
     except FileNotFoundError as error:
-        raise NoInputError("bundle is not whole", field="path", value=str(path)) from error
+        raise NoInputError(
+            f"bundle is not whole: no {path.name}", field="folder", value=str(path.parent)
+        ) from error
     if stat.st_size != entry.size:
         raise IntegrityError("file of the bundle has another size", field=path.name, value=stat.st_size)
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +167,14 @@ def test_peft_and_transformers_reach_our_loss(
 
 # ---------------------------------------------------------------- the real model
 @pytest.fixture(scope="module")
-def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from quantize.bundle import quantize
 
     out = tmp_path_factory.mktemp("real") / "bundle"
     quantize("smollm2-135m", out, Ed25519PrivateKey.generate(), lora=LoraConfig())
-    yield open_bundle(out)
+    return open_bundle(out)
 
 
 @pytest.mark.real
@@ -255,4 +254,4 @@ def test_a_changed_scale_would_be_seen(tiny_bundle: Path, tiny_model: Path, tmp_
     write_peft(tmp_path, bundle.layout, weak, SEED, vector, "tiny")
     model = PeftModel.from_pretrained(torch_twin(bundle, tiny_model), str(tmp_path))
     with torch.no_grad():
-        assert abs(mean_loss(model, batch).item() - our_loss(bundle, batch, vector)) > 0.01
+        assert abs(mean_loss(model, batch).item() - our_loss(bundle, batch, vector)) > 1e-3
