@@ -143,6 +143,7 @@ class Driver:
                 self._start_machine()
                 if self._failure is not None:
                     raise self._failure  # a service that cannot begin says so and ends
+                self._stats.look(0)
                 self._downloads.start()
                 self._link.start()
                 self._loop()
@@ -278,11 +279,15 @@ class Driver:
 
     def _keep_carry(self, effect: effects.KeepCarry) -> None:
         self._rounds.keep_carry(effect.transcript)
-        self._stats.round_ended(self._link.bytes_up)
+        self._round_ended()
 
     def _drop_carry(self, effect: effects.DropCarry) -> None:
         self._rounds.drop_carry(effect.transcript)
+        self._round_ended()
+
+    def _round_ended(self) -> None:
         self._stats.round_ended(self._link.bytes_up)
+        self._write_stats()
 
     # ------------------------------------------------------------ people
     def _tell(self, text: str, refusal: str = "") -> None:

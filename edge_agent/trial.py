@@ -22,6 +22,7 @@ from edge_agent.resources import threads_allowed
 from edge_agent.worker_process import Reply, WorkerProcess
 from fedge import errors
 from fedge.errors import DataError, FedgeError, NoInputError
+from fedge.io import durable
 from fedge.lora import AdapterLayout
 from fedge.messages import Training
 from fedge.release import MANIFEST, SIGNATURE, Manifest, open_manifest
@@ -90,7 +91,7 @@ def train_once(
             )
         _write(folder / "train.jsonl", train)
         _write(folder / "held_out.jsonl", held_out, HELD_OUT_MAX)
-        (folder / "start.f32").write_bytes(bytes(4 * layout.numbers))
+        durable.write_bytes(folder / "start.f32", bytes(4 * layout.numbers))
         bench = _Bench(bundle.resolve(), folder, training, threads_allowed(threads), progress)
         try:
             before = bench.evaluate("start.f32", "loss before")
@@ -212,4 +213,4 @@ def _write(path: Path, records: list[Record], examples_max: int | None = None) -
         for record in records
         for example in record.examples
     ]
-    path.write_bytes(b"\n".join(lines[:examples_max]) + b"\n")
+    durable.write_bytes(path, b"\n".join(lines[:examples_max]) + b"\n", secret=True)
