@@ -17,11 +17,11 @@ def unit_text(home: Home, data: Path) -> str:
     command = [sys.executable, "-m", "edge_agent", "run", "--home", str(home.folder.resolve())]
     words = [*command, "--data", str(data.resolve())]
     text = TEMPLATE.read_text("utf-8")
-    text = text.replace("@COMMAND@", " ".join(_quoted(word) for word in words))
+    text = text.replace("@COMMAND@", " ".join(_quoted(word).replace("$", "$$") for word in words))
     return text.replace("@HOME@", _quoted(str(home.folder.resolve()))).replace("@USER@", getpass.getuser())
 
 
 def _quoted(word: str) -> str:
-    """A word as systemd reads it: `%` and `$` stand for themselves, spaces and quotes are kept (systemd.syntax(7))."""
-    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    """A word as systemd reads it: `%` stands for itself, spaces and quotes are kept (systemd.syntax(7))."""
+    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{plain}"' if any(c in plain for c in " \t\"'\\;") else plain
