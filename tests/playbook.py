@@ -188,15 +188,19 @@ class Fleet:
     def run(self, most: int = 100_000) -> None:
         while self.queue and most:
             most -= 1
-            if len(self.queue) > 1 and self.shuffle.random() < 0.3:
-                self._swap()
-            to, topic, payload = self.queue.popleft()
-            for copy in self.filter(to, topic, payload):
-                if to == "hub":
-                    self.hub_event(hub_effects.Received(topic, copy))
-                else:
-                    self.device_event(to, device_effects.Received(topic, copy))
+            self.step()
         assert most, "the machines talk for ever"
+
+    def step(self) -> None:
+        """Delivers one message."""
+        if len(self.queue) > 1 and self.shuffle.random() < 0.3:
+            self._swap()
+        to, topic, payload = self.queue.popleft()
+        for copy in self.filter(to, topic, payload):
+            if to == "hub":
+                self.hub_event(hub_effects.Received(topic, copy))
+            else:
+                self.device_event(to, device_effects.Received(topic, copy))
 
     def _swap(self) -> None:
         """Messages of different senders may overtake each other; those on one topic may not."""

@@ -1,4 +1,4 @@
-"""The agent as a screenplay: what comes in, what goes out, in which order. `scene.Scene` drives the shipped machine alone."""
+"""The agent as a screenplay: what comes in, what goes out, in which order. `Scene` drives the shipped machine."""
 
 from collections.abc import Iterator
 from typing import get_args
