@@ -54,6 +54,7 @@ _REVOCATIONS: Final = "revoked.crl"
 _LIST_SECONDS: Final = 86_400.0  # the revocation list is written anew daily; it is valid for thirty days
 _QUEUED_MAX: Final = 4_096
 _CONNECT_SECONDS: Final = 30.0
+_LOCK_ATTEMPTS: Final = 5
 
 
 class ReadyInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -249,6 +250,7 @@ def run_hub(config: HubConfig, on_ready: Callable[[ReadyInfo], None]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: process.stop())
         ready_file = config.folder / READY
+        ready_file.unlink(missing_ok=True)  # of a hub that was killed
         stack.callback(ready_file.unlink, missing_ok=True)
 
         def ready(info: ReadyInfo) -> None:
@@ -278,16 +280,25 @@ def _only_hub_in(home: Path) -> Iterator[None]:
     except OSError as error:
         raise storage_error(error, path) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _locked(lock.fileno()):
             raise UnavailableError(
                 "a hub already runs in this folder",
                 field="home",
                 value=str(home),
                 hint="`fedge hub status` shows it; stop it first, or choose another --home",
-            ) from error
+            )
         yield
+
+
+def _locked(descriptor: int) -> bool:
+    for _ in range(_LOCK_ATTEMPTS):  # `fedge hub status` holds the lock for a moment, too
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+        else:
+            return True
+    return False
 
 
 def _with_ports(config: HubConfig, store: Store) -> HubConfig:

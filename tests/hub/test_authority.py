@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import stat
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedge.errors import ConfigError, IntegrityError, NoInputError
 from fedge.identity import Verifier
+from fedge.io.tls import client_tls
 from fedge.messages import HubState
 from hub.authority import (
     authority_folder,
@@ -23,6 +25,7 @@ from hub.authority import (
     new_tls_serial,
     own_identity,
 )
+from hub.tls import server_tls
 
 YEAR = 365 * 86_400
 
@@ -147,3 +150,17 @@ def test_serial_numbers_stay_in_range() -> None:
         assert 1 <= new_serial(lambda n, one=pattern: one * n) <= 2**62
         assert 1 <= new_tls_serial(lambda n, one=pattern: one * n) < 2**127
     assert new_tls_serial(os.urandom) != new_tls_serial(os.urandom)
+
+
+def test_every_context_of_ours_is_strict(fleet: Fleet) -> None:
+    device = fleet.device("d-1")
+    contexts = [
+        server_tls(fleet.own.server),
+        server_tls(fleet.own.server, clients=fleet.pem),
+        client_tls(fleet.pem),
+        client_tls(fleet.pem, device.certificate, device.key),
+    ]
+    for context in contexts:
+        assert context.verify_flags & ssl.VERIFY_X509_STRICT
+        assert context.minimum_version >= ssl.TLSVersion.TLSv1_2
+    assert contexts[1].verify_mode == contexts[2].verify_mode == ssl.CERT_REQUIRED

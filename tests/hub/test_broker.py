@@ -24,6 +24,7 @@ from hub import access
 from hub.authority import TlsPair, create_authority
 from hub.broker import Broker, BrokerSetup, ForeignBroker, choose_broker, free_port
 from hub.config import HubConfig
+from hub.embedded import _Snapshots
 from hub.mosquitto import Mosquitto, _version, find_mosquitto
 
 Cleanup = list[Callable[[], None]]
@@ -232,7 +233,7 @@ def test_a_silent_client_is_given_up(scene: Scene, eventually: Eventually) -> No
     client.will_set(topics.state("d-1"), b"gone", qos=1)
     client.connect(scene.broker.host, scene.broker.port, keepalive=1)
     eventually(lambda: client.loop(0.1) or client.is_connected())
-    scene.cleanup.append(client._sock_close)
+    scene.cleanup.append(lambda: client._sock_close())
     eventually(lambda: (topics.state("d-1"), b"gone") in hub.heard)
 
 
@@ -387,3 +388,13 @@ def test_a_foreign_broker_that_is_not_there(fleet: Fleet) -> None:
 def test_the_rule(topic: str, writes: bool, reads: bool) -> None:
     assert access.may_write("d-1", topic) is writes
     assert access.may_read("d-1", topic) is reads
+
+
+def test_subscriptions_may_change_while_they_are_walked() -> None:
+    """amqtt awaits inside its loops over them; a plain dictionary would raise there and lose the message."""
+    subscriptions = _Snapshots({"a": [], "b": []})
+    for topic, _ in subscriptions.items():
+        subscriptions[topic + topic] = []
+    for topic in subscriptions:
+        subscriptions[topic + "!"] = []
+    assert len(subscriptions) == 8
