@@ -1,4 +1,4 @@
-"""What the simulator makes of the hub's ledger while a campaign runs: a bar for each bloc, and the log of its rounds."""
+"""What the simulator makes of the hub's ledger while a campaign runs: a bar for each bloc, a log of its rounds."""
 
 from __future__ import annotations
 

@@ -1,0 +1,225 @@
+"""The whole fleet for real: processes, broker, mTLS, HTTPS, worker, masks; then the same with kill -9 in the middle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from fedge.lora import AdapterLayout
+from fedge.messages import Training
+from fedge.release import MANIFEST, Manifest
+from firmware_sim.evaluation import evaluate_people, pooled
+from firmware_sim.fleet import HUB, LocalFleet
+from hub.blobs import Blobs
+from hub.campaigns import Wish
+from hub.effects import CampaignRow, LedgerEntry
+
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("processes")]
+
+SECONDS = 240.0
+needs_mosquitto = pytest.mark.skipif(
+    shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin") is None,
+    reason="mosquitto is not installed",
+)
+
+
+def write_data(folder: Path, devices: int) -> dict[str, Path]:
+    """A few dozen short messages for each device, all in one manner of speaking."""
+    found = {}
+    for number in range(devices):
+        path = folder / f"person-{number}.jsonl"
+        lines = [
+            {"prompt": f"how are you {line}", "completion": f"i am fine {(line * 7 + number) % 10}"}
+            for line in range(48)
+        ]
+        path.write_bytes(msgspec.json.Encoder().encode_lines(lines))
+        found[f"device-{number}"] = path
+    return found
+
+
+class Run:
+    """One campaign of a real fleet, watched by its ledger."""
+
+    def __init__(self, folder: Path, bundle: Path, *, devices: int, broker: str = "auto") -> None:
+        self.folder, self.bundle = folder, bundle
+        self.fleet = LocalFleet(folder / "fleet", write_data(folder, devices), broker=broker)
+        self.ledger: list[LedgerEntry] = []
+
+    def start(self, wish: Wish) -> None:
+        self.fleet.start_hub()
+        self.fleet.enroll(lambda _: None)
+        self.fleet.start_campaign(self.bundle, wish)
+        self.fleet.start_agents()
+
+    def until(self, done: Callable[[], object], seconds: float = SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < deadline, f"nothing new: {self.kinds()} {self.tails()}"
+            self.ledger += self.fleet.look()
+            time.sleep(0.05)
+
+    def count(self, kind: str) -> int:
+        return sum(entry.kind == kind for entry in self.ledger)
+
+    def kinds(self) -> list[str]:
+        return [f"{entry.kind} {entry.bloc} {entry.device}" for entry in self.ledger[-8:]]
+
+    def tails(self) -> list[str]:
+        return [child.tail(2) for child in self.fleet.supervisor.children.values()]
+
+    @property
+    def campaign(self) -> CampaignRow:
+        row = self.fleet.campaign("c")
+        assert row is not None
+        return row
+
+    def loss(self, adapter: bytes) -> float:
+        path = self.folder / "adapter.f32"
+        path.write_bytes(adapter)
+        data = self.fleet.data
+        return pooled(evaluate_people(self.bundle, data, path, self.campaign.training, processes=2).values())
+
+    def check(self, *, rounds: int, blocs: int, bloc: int) -> None:
+        """Every bloc was opened `rounds` times, by one report of every member each, and the loss went down."""
+        assert self.campaign.closed
+        assert self.count("opened") == rounds * blocs == self.campaign.adapter_version
+        opened = {(entry.bloc, entry.round) for entry in self.ledger if entry.kind == "opened"}
+        for name, number in opened:
+            reports = [
+                entry.device
+                for entry in self.ledger
+                if entry.kind == "report" and (entry.bloc, entry.round) == (name, number)
+            ]
+            assert len(reports) == len(set(reports)) == bloc
+        adapter = Blobs(self.fleet.hub_home / "blobs").read(self.campaign.adapter)
+        assert np.isfinite(np.frombuffer(adapter, "<f4")).all()
+        assert self.loss(adapter) < self.loss(bytes(len(adapter))) - 0.05
+
+
+@contextmanager
+def running(folder: Path, bundle: Path, *, devices: int, broker: str = "auto") -> Iterator[Run]:
+    run = Run(folder, bundle, devices=devices, broker=broker)
+    try:
+        yield run
+    finally:
+        run.fleet.stop()
+
+
+def wish(devices: int, *, rounds: int = 2, bloc: int = 5) -> Wish:
+    return Wish("c", rounds=rounds, steps=4, bloc=bloc, devices=devices, rate=0.02, window_tokens=48)
+
+
+@pytest.mark.parametrize("broker", [pytest.param("mosquitto", marks=needs_mosquitto), "embedded"])
+def test_two_blocs_fine_tune_one_adapter(tmp_path: Path, tiny_bundle: Path, broker: str) -> None:
+    devices = 10 if broker == "mosquitto" else 5
+    with running(tmp_path, tiny_bundle, devices=devices, broker=broker) as run:
+        run.start(wish(devices))
+        run.until(lambda: run.count("closed"))
+        run.check(rounds=2, blocs=devices // 5, bloc=5)
+        assert run.count("sat-out") == 0
+        manifest = msgspec.json.decode((tiny_bundle / MANIFEST).read_bytes(), type=Manifest)
+        numbers = AdapterLayout.of(manifest.layers, manifest.lora_shapes, manifest.lora.r).numbers
+        assert run.campaign.numbers == numbers
+        figures = run.fleet.figures().values()
+        assert all(figure.rounds_opened == 2 for figure in figures)
+
+
+def test_an_agent_holds_neither_torch_nor_numpy(tmp_path: Path, tiny_bundle: Path) -> None:
+    with running(tmp_path, tiny_bundle, devices=5) as run:
+        run.start(wish(5, rounds=1))
+        run.until(lambda: run.count("opened"))
+        process = run.fleet.supervisor.children["device-0"].process
+        assert process is not None
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        worker_maps = "".join(
+            (Path("/proc") / child / "maps").read_text() for child in _children(process.pid)
+        )
+    assert "numpy" not in maps
+    assert "onnxruntime" not in maps
+    assert "onnxruntime" in worker_maps
+    for forbidden in ("libtorch", "torch/lib", "transformers", "onnx_cpp2py"):
+        assert forbidden not in maps + worker_maps
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+# ---------------------------------------------------------------- kill -9
+@needs_mosquitto
+def test_an_agent_killed_in_every_phase(tmp_path: Path, tiny_bundle: Path) -> None:
+    with running(tmp_path, tiny_bundle, devices=5) as run:
+        run.start(wish(5, rounds=3))
+        for phase in ("offered", "training", "awaiting"):
+            run.until(lambda phase=phase: _phase(run, "device-1") == phase or run.count("closed"))
+            run.fleet.supervisor.kill("device-1")
+        run.until(lambda: run.count("closed"))
+        run.check(rounds=3, blocs=1, bloc=5)
+        assert run.fleet.supervisor.children["device-1"].restarts == 3
+
+
+def _phase(run: Run, device: str) -> str:
+    return run.fleet.figures()[device].phase
+
+
+@needs_mosquitto
+def test_the_hub_killed_with_half_the_reports_in(tmp_path: Path, tiny_bundle: Path) -> None:
+    with running(tmp_path, tiny_bundle, devices=5) as run:
+        run.start(wish(5))
+        run.until(lambda: run.count("report") >= 2)
+        run.fleet.supervisor.kill(HUB)
+        run.until(lambda: run.count("opened") >= 1)
+        run.fleet.supervisor.kill(HUB)
+        run.until(lambda: run.count("closed"))
+        run.check(rounds=2, blocs=1, bloc=5)
+
+
+@needs_mosquitto
+def test_the_broker_killed_in_a_round(tmp_path: Path, tiny_bundle: Path) -> None:
+    with running(tmp_path, tiny_bundle, devices=5) as run:
+        run.start(wish(5))
+        run.until(lambda: run.count("report") >= 1)
+        hub = run.fleet.supervisor.children[HUB].process
+        assert hub is not None
+        brokers = [int(child) for child in _children(hub.pid) if _is_mosquitto(child)]
+        assert len(brokers) == 1
+        os.kill(brokers[0], signal.SIGKILL)
+        run.until(lambda: run.count("closed"))
+        run.check(rounds=2, blocs=1, bloc=5)
+
+
+def _is_mosquitto(pid: str) -> bool:
+    return "mosquitto" in (Path("/proc") / pid / "comm").read_text()
+
+
+# ---------------------------------------------------------------- the real model
+@pytest.mark.real
+@needs_mosquitto
+def test_smollm2_learns_from_real_people(tmp_path: Path) -> None:
+    """Five people, two rounds of two steps on the real 135 M model: held-out loss falls for those never seen, too."""
+    out = tmp_path / "run"
+    words = f"sim demo --devices 5 --bloc 5 --unseen 2 --rounds 2 --steps 2 --out {out} --json".split()
+    done = subprocess.run(["fedge", *words], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    loss = msgspec.json.decode(done.stdout)["loss"]
+    assert loss["took_part"] < loss["zero_shot"] - 0.3
+    assert loss["never_seen"] < loss["zero_shot_never_seen"] - 0.3
+    _same_loss_in_peft(out, msgspec.json.decode(done.stdout))
+
+
+def _same_loss_in_peft(out: Path, result: dict[str, object]) -> None:
+    assert (out / "adapter" / "adapter_config.json").exists()
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    assert (out / "report.html").stat().st_size > 5_000
+    assert result["opened_blocs"] == 2
+    assert Training().batch_rows == 4
