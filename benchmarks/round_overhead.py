@@ -18,11 +18,11 @@ import msgspec
 from report import ROOT, Row, parser, print_report, progress
 
 sys.path.insert(0, str(ROOT / "tests"))
-import tiny  # noqa: E402  (the tests' own model maker)
+import tiny
 
-from firmware_sim.fleet import LocalFleet  # noqa: E402
-from hub.campaigns import Wish  # noqa: E402
-from hub.effects import LedgerEntry  # noqa: E402
+from firmware_sim.fleet import LocalFleet
+from hub.campaigns import Wish
+from hub.effects import LedgerEntry
 
 SIZES = {
     **tiny.SIZES,
