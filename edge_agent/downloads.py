@@ -55,7 +55,8 @@ class Downloads:
         """Give up what is under way; it resumes at the next start."""
         self._stopping.set()
         self._wanted.put(None)
-        self._thread.join(1.0)
+        if self._thread.is_alive():
+            self._thread.join(1.0)
 
     def want(self, effect: FetchBundle | FetchBlob) -> None:
         """Queue a request."""

@@ -200,6 +200,13 @@ def _ask(url: str, tls: ssl.SSLContext, method: str, path: str, body: bytes) -> 
             connection.request(method, path, body or None)
             answer = connection.getresponse()
             return answer.status, answer.read(_ANSWER_BYTES_MAX)
+    except ssl.SSLCertVerificationError as error:
+        raise IntegrityError(
+            f"the hub's certificate is not for this address: {error.verify_message}",
+            field="url",
+            value=url,
+            hint="The operator names the addresses: fedge hub up --name HOST",
+        ) from error
     except (OSError, http.client.HTTPException) as error:
         raise UnavailableError(
             f"no answer from the hub: {error or type(error).__name__}",

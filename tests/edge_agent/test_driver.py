@@ -1,0 +1,280 @@
+"""The agent's driver for real: a process, a broker with mutual TLS, downloads, and a world that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+from desk import MOSQUITTO, Broker, Client, Desk, eventually
+
+from edge_agent import driver as driving
+from edge_agent.driver import Driver
+from edge_agent.home import Home
+from edge_agent.journal import Journal
+from edge_agent.settings import Settings
+from edge_agent.stats import Figures
+from fedge import topics
+from fedge.identity import Signer, Verifier
+from fedge.io import durable
+from fedge.messages import Announcement, BlobRef, Presence, Ready, Training, decode
+from fedge.release import MANIFEST, Manifest, open_manifest
+
+pytestmark = [
+    pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed"),
+    pytest.mark.processes,
+    pytest.mark.xdist_group("processes"),
+]
+ROOT = Path(__file__).parents[2]
+HEAVY = ("numpy", "onnxruntime", "tokenizers", "torch")
+
+
+@dataclass
+class Scene:
+    """A desk with a broker, the hub's end of it, and one device."""
+
+    desk: Desk
+    broker: Broker
+    hub: Client
+    signer: Signer
+    home: Home
+    data: Path
+
+    def command(self, *words: str) -> list[str]:
+        base = [sys.executable, "-m", "edge_agent", "run", "--home", str(self.home.folder)]
+        return [*base, "--data", str(self.data), *words]
+
+    def presence(self) -> Presence:
+        """The next thing that the broker says about the device."""
+        while True:
+            kind, topic, payload = self.hub.next()
+            if kind == "message" and topic == topics.state("dev"):
+                return decode(payload, Presence)
+
+    def ready(self) -> Ready:
+        """The next READY."""
+        verifier = Verifier("lab", self.desk.authority.root_public)
+        while True:
+            kind, topic, payload = self.hub.next()
+            if kind == "message" and topic == topics.control("dev"):
+                return verifier.open(payload, Ready, role="device", now=time.time()).message
+
+    def announce(self, bundle: Path, url: str, sequence: int = 1) -> None:
+        manifest = (bundle / MANIFEST).read_bytes()
+        signature = (bundle / "manifest.sig").read_bytes()
+        opened: Manifest = open_manifest(manifest, signature)
+        said = Announcement(
+            campaign="c1",
+            hub="hub",
+            sequence=sequence,
+            closed=False,
+            url=url,
+            manifest=BlobRef(hashlib.sha256(manifest).digest(), len(manifest)),
+            manifest_signature=signature,
+            publisher=bytes.fromhex(opened.publisher),
+            lora=opened.lora,
+            training=Training(),
+            adapter=BlobRef(bytes(32), 4),
+            adapter_version=0,
+        )
+        self.hub.link.publish(topics.announcement("c1"), self.signer.seal(said), retain=True)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    desk = Desk(tmp_path)
+    broker = desk.broker()
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 5)
+    hub = Client(broker.port, "hub", topics.ALL_STATES, topics.ALL_UP, host="localhost", tls=desk.tls("hub"))
+    with hub:
+        assert hub.next()[0] == "up"
+        yield Scene(desk, broker, hub, desk.signer("hub", "hub"), desk.device("dev", broker.port), data)
+    broker.stop()
+
+
+@contextlib.contextmanager
+def running(scene: Scene, *words: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(scene.command(*words), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def serving(desk: Desk, bundle: Path) -> Iterator[tuple[str, list[str]]]:
+    """The hub's HTTPS door for the files of one bundle, by hash."""
+    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in bundle.iterdir()}
+    asked: list[str] = []
+
+    class Door(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            body = files[self.path.removeprefix("/b/")].read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    server.socket = desk.server_tls().wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"https://localhost:{server.server_address[1]}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_process_is_small_loads_nothing_heavy_and_stops_cleanly(scene: Scene) -> None:
+    with running(scene) as process:
+        up = scene.presence()
+        assert (up.device, up.up, up.boot) == ("dev", True, 1)
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        assert [name for name in HEAVY if name in maps] == []
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+        assert resident * 1_024 <= 50e6
+        second = subprocess.run(scene.command(), cwd=ROOT, capture_output=True, text=True, check=False)
+        assert second.returncode == 69
+        assert "another agent runs in this home" in second.stderr
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    down = scene.presence()
+    assert (down.up, down.boot) == (False, 1)
+    assert Journal(scene.home.state).load().boot == 1
+    figures = msgspec.json.decode(scene.home.stats.read_bytes(), type=Figures)
+    assert 0 < figures.idle_rss_mb <= 50
+    assert figures.mqtt_up_bytes > 0
+
+
+def test_no_source_of_the_agent_itself_imports_anything_heavy() -> None:
+    program = (
+        "import sys; import edge_agent.driver, edge_agent.enrol, edge_agent.cli, edge_agent.status\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_killed_process_leaves_its_will_and_comes_back_as_a_new_boot(scene: Scene) -> None:
+    with running(scene):
+        assert scene.presence().boot == 1
+    gone = scene.presence()
+    assert (gone.up, gone.boot) == (False, 1)
+    with running(scene):
+        back = scene.presence()
+        assert (back.up, back.boot) == (True, 2)
+
+
+def test_a_bundle_is_fetched_once_and_the_device_says_ready(scene: Scene, tiny_bundle: Path) -> None:
+    with serving(scene.desk, tiny_bundle) as (url, asked):
+        with running(scene):
+            scene.announce(tiny_bundle, url)
+            ready = scene.ready()
+            assert (ready.campaign, ready.device, ready.facts.samples_bucket) == ("c1", "dev", 3)
+        manifest = hashlib.sha256((tiny_bundle / MANIFEST).read_bytes()).hexdigest()
+        folder = scene.home.blobs / f"{manifest}.bundle"
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+            path.name: path.read_bytes() for path in tiny_bundle.iterdir()
+        }
+        before = len(asked)
+        with running(scene):
+            assert scene.ready() == ready  # the very same: its prekey may already stand in an OPEN
+        assert len(asked) == before
+
+
+def test_a_missing_data_file_is_one_line_and_its_exit_code(scene: Scene) -> None:
+    scene.data.unlink()
+    done = subprocess.run(scene.command(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 66
+    assert done.stderr.count("\n") == 1
+    assert str(scene.data) in done.stderr
+
+
+# ---------------------------------------------------------------- in this process, to break the world under it
+@contextlib.contextmanager
+def driven(scene: Scene) -> Iterator[Driver]:
+    driver = Driver(Settings(home=scene.home, data=scene.data))
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            driver.run()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield driver
+    finally:
+        driver.on_signal(signal.SIGTERM, None)
+        thread.join(20)
+        assert not thread.is_alive()
+        assert raised == []
+
+
+def test_a_full_disk_stops_the_machine_and_room_starts_it_again(
+    scene: Scene, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(driving, "_RECOVER_SECONDS", (0.2, 0.4))
+    monkeypatch.setattr(driving, "_STATS_SECONDS", 0.05)
+    free = durable.bytes_free
+    told: list[str] = []
+    with serving(scene.desk, tiny_bundle) as (url, asked), driven(scene):
+        assert scene.presence().up
+        before = Journal(scene.home.state).load()
+        monkeypatch.setattr(durable, "bytes_free", lambda _: 1_000)
+        scene.announce(tiny_bundle, url)
+        eventually(lambda: told.append(capsys.readouterr().err) or "1,000 bytes free" in "".join(told))
+        assert Journal(scene.home.state).load() == before
+        assert asked == []  # nothing after the Save that failed was done
+        monkeypatch.setattr(durable, "bytes_free", free)
+        assert scene.presence().up  # it is there again by itself
+        scene.announce(tiny_bundle, url, sequence=2)
+        assert scene.ready().campaign == "c1"
+        assert Journal(scene.home.state).load().boot > before.boot
+
+
+def test_before_the_clock_is_set_nothing_is_done_or_used_up(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(driving, "_CLOCK_SECONDS", 0.05)
+    scene.home = scene.desk.device("dev", scene.broker.port, now=time.time() + 86_400)
+    told: list[str] = []
+    with driven(scene):
+        eventually(lambda: told.append(capsys.readouterr().err) or "clock not set yet" in "".join(told))
+    assert Journal(scene.home.state).load().boot == 0
+    assert not scene.home.clock.exists()
+    assert scene.hub.seen.empty()
+
+
+def test_a_state_that_is_damaged_is_never_started_over(scene: Scene) -> None:
+    scene.home.state.write_bytes(os.urandom(100))
+    done = subprocess.run(scene.command(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 79
+    assert "damaged" in done.stderr
+
+
+def test_the_same_line_is_told_once_a_minute(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    driver = Driver(Settings(home=scene.home, data=scene.data))
+    for _ in range(100):
+        driver._tell("a hub repeats itself", "stale-round")
+    assert capsys.readouterr().err.count("a hub repeats itself [stale-round]") == 1

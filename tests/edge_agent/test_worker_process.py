@@ -1,0 +1,186 @@
+"""The worker as the agent sees it: jobs and replies, kills, leisure; and sealing for real."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from desk import eventually
+
+from edge_agent import jobs
+from edge_agent.slots import slot
+from edge_agent.worker_process import Reply, WorkerProcess
+from fedge.messages import Training
+from fedge.secagg.masks import Member
+from fedge.update.report import build_report
+from fedge.update.spec import UpdateCodec
+
+NUMBERS = 3_000
+ROUND = hashlib.sha256(b"round").digest()
+SECRETS = [bytes([i + 1]) * 32 for i in range(5)]
+ROSTER = tuple(
+    (X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw(), i != 3)
+    for i, secret in enumerate(SECRETS)
+)
+CODEC = UpdateCodec(bits=16, step=1e-5, clip=0.05, seed=bytes(16))
+
+
+class Bench:
+    def __init__(self, linger_seconds: float = 60.0) -> None:
+        self.replies: queue.Queue[tuple[int, Reply]] = queue.Queue()
+        self.worker = WorkerProcess(lambda number, reply: self.replies.put((number, reply)), linger_seconds)
+
+    def next(self) -> tuple[int, Reply]:
+        return self.replies.get(timeout=60)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.worker.stop()
+
+
+def seal_job(folder: Path, carry: bool = False) -> jobs.Seal:
+    rng = np.random.default_rng(7)
+    (folder / "delta").write_bytes(rng.normal(0, 1e-3, NUMBERS).astype("<f4").tobytes())
+    if carry:
+        (folder / "carry").write_bytes(rng.normal(0, 1e-3, NUMBERS).astype("<f4").tobytes())
+    return jobs.Seal(
+        transcript=ROUND,
+        delta=str(folder / "delta"),
+        carry=str(folder / "carry") if carry else "",
+        sent=str(folder / "sent"),
+        report=str(folder / "report"),
+        codec=CODEC,
+        position=2,
+        roster=ROSTER,
+        prekey=SECRETS[2],
+        entropy=bytes(range(32)),
+        loss_sum=12.5,
+        labels=100,
+        samples=30,
+        steps=5,
+    )
+
+
+def waiting_job(folder: Path) -> jobs.Train:
+    """A job that waits for the one slot."""
+    return jobs.Train(
+        bundle="none",
+        adapter="none",
+        data="none",
+        training=Training(),
+        slots=str(folder),
+        slot_count=1,
+        delta=str(folder / "delta"),
+        steps=1,
+    )
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_sealing_writes_exactly_the_report_that_the_codec_builds(
+    bench: Bench, tmp_path: Path, carry: bool
+) -> None:
+    job = seal_job(tmp_path, carry)
+    number = bench.worker.submit(job)
+    expected = build_report(
+        np.frombuffer((tmp_path / "delta").read_bytes(), "<f4"),
+        carry=np.frombuffer((tmp_path / "carry").read_bytes(), "<f4") if carry else None,
+        loss_sum=12.5,
+        labels=100,
+        samples=30,
+        steps=5,
+        codec=CODEC,
+        h=ROUND,
+        position=2,
+        roster=[Member(prekey=prekey, aes=aes) for prekey, aes in ROSTER],
+        prekey_secret=SECRETS[2],
+        entropy=bytes(range(32)),
+    )
+    assert bench.next() == (number, jobs.Sealed(digest=expected.digest, size=len(expected.body)))
+    assert (tmp_path / "report").read_bytes() == expected.body
+    assert (tmp_path / "sent").read_bytes() == expected.sent.tobytes()
+    assert (tmp_path / "report").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_carry_of_another_adapter_is_left_out(bench: Bench, tmp_path: Path) -> None:
+    bench.worker.submit(seal_job(tmp_path))
+    _, alone = bench.next()
+    job = seal_job(tmp_path, carry=True)
+    (tmp_path / "carry").write_bytes(bytes(4 * (NUMBERS + 1)))
+    bench.worker.submit(job)
+    assert bench.next()[1] == alone
+
+
+def test_the_secret_prekey_is_neither_in_arguments_nor_environment_nor_repr(
+    bench: Bench, tmp_path: Path
+) -> None:
+    job = seal_job(tmp_path)
+    bench.worker.submit(job)
+    seen = Path(f"/proc/{bench.worker.pid}/cmdline").read_bytes()
+    seen += Path(f"/proc/{bench.worker.pid}/environ").read_bytes() + repr(job).encode()
+    for form in (SECRETS[2], SECRETS[2].hex().encode(), repr(SECRETS[2])[2:-1].encode()):
+        assert form not in seen
+    bench.next()
+
+
+def test_a_job_that_cannot_be_done_says_why_and_the_worker_lives_on(bench: Bench, tmp_path: Path) -> None:
+    job = seal_job(tmp_path)
+    (tmp_path / "delta").unlink()
+    bench.worker.submit(job)
+    _, reply = bench.next()
+    assert isinstance(reply, jobs.Failed)
+    assert (reply.error, reply.exit_code) == ("NoInputError", 66)
+    pid = bench.worker.pid
+    bench.worker.submit(seal_job(tmp_path))
+    assert isinstance(bench.next()[1], jobs.Sealed)
+    assert bench.worker.pid == pid
+
+
+def test_a_killed_worker_is_an_answer_that_names_the_signal(bench: Bench, tmp_path: Path) -> None:
+    with slot(tmp_path, 1):
+        number = bench.worker.submit(waiting_job(tmp_path))
+        os.kill(bench.worker.pid, signal.SIGKILL)
+        got, reply = bench.next()
+    assert got == number
+    assert isinstance(reply, jobs.Failed)
+    assert "SIGKILL" in reply.what
+    assert "memory" in reply.what
+    bench.worker.submit(seal_job(tmp_path))
+    assert isinstance(bench.next()[1], jobs.Sealed)
+
+
+def test_a_worker_that_died_between_two_jobs_is_replaced(bench: Bench, tmp_path: Path) -> None:
+    bench.worker.submit(seal_job(tmp_path))
+    bench.next()
+    os.kill(bench.worker.pid, signal.SIGTERM)
+    eventually(lambda: not bench.worker.pid)
+    bench.worker.submit(seal_job(tmp_path))
+    assert isinstance(bench.next()[1], jobs.Sealed)
+
+
+def test_stopping_ends_a_job_at_once(bench: Bench, tmp_path: Path) -> None:
+    with slot(tmp_path, 1):
+        bench.worker.submit(waiting_job(tmp_path))
+        bench.worker.stop()
+        assert bench.worker.pid == 0
+        assert isinstance(bench.next()[1], jobs.Failed)
+
+
+def test_an_idle_worker_is_ended_and_a_busy_one_is_not(tmp_path: Path) -> None:
+    bench = Bench(linger_seconds=0.0)
+    with slot(tmp_path, 1):
+        bench.worker.submit(waiting_job(tmp_path))
+        bench.worker.tend()
+        assert bench.worker.pid
+    bench.next()
+    bench.worker.tend()
+    assert bench.worker.pid == 0
