@@ -19,7 +19,7 @@ from fedge.errors import ConfigError, ProtocolError
 from fedge.lora import LoraConfig
 from fedge.update.spec import UpdateCodec
 
-Id = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=limits.ID_CHARS_MAX)]
+Id = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]*\Z", max_length=limits.ID_CHARS_MAX)]
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Seed = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -27,7 +27,7 @@ Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Text = Annotated[str, Meta(max_length=limits.TEXT_CHARS_MAX)]
 Name = Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
-Positive = Annotated[float, Meta(gt=0)]
+Positive = Annotated[float, Meta(gt=0, le=1e3)]
 Blob = Annotated[bytes, Meta(max_length=limits.MESSAGE_BYTES_MAX)]
 
 
