@@ -14,6 +14,7 @@ import ssl
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Final
@@ -101,8 +102,9 @@ class Driver:
         tls = client_tls(home.authority, home.certificate, home.key)
         blobs = settings.blobs or home.blobs
         durable.make_folder(blobs, secret=True)
-        durable.sweep(blobs)
         durable.sweep(home.folder)
+        with suppress(StorageError):  # another agent that shares the blobs sweeps them, too
+            durable.sweep(blobs)
         self._downloads = Downloads(blobs, tls, self._inbox.put, private=settings.blobs is None)
         self._work = Work(
             settings,

@@ -6,6 +6,8 @@ import hashlib
 import os
 import queue
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +16,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from desk import eventually
 
-from edge_agent import jobs
+from edge_agent import effects, jobs
+from edge_agent.downloads import Downloads
+from edge_agent.home import Home
+from edge_agent.settings import Settings
 from edge_agent.slots import slot
+from edge_agent.stats import Stats
+from edge_agent.work import Work
 from edge_agent.worker_process import Reply, WorkerProcess
 from fedge.messages import Training
 from fedge.secagg.masks import Member
@@ -184,3 +191,85 @@ def test_an_idle_worker_is_ended_and_a_busy_one_is_not(tmp_path: Path) -> None:
     bench.next()
     bench.worker.tend()
     assert bench.worker.pid == 0
+
+
+_AGENT = """
+import sys, time, pathlib
+from edge_agent import effects, jobs
+from edge_agent.downloads import Downloads
+from edge_agent.home import Home
+from edge_agent.settings import Settings
+from edge_agent.stats import Stats
+from edge_agent.work import Work
+from edge_agent.worker_process import WorkerProcess
+from fedge.messages import Training
+worker = WorkerProcess(print, 60)
+worker.submit(jobs.Train(bundle="-", adapter="-", data="-", training=Training(), slots=sys.argv[1], slot_count=1,
+                         delta="-", steps=1))
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_agent_takes_its_worker_along(tmp_path: Path) -> None:
+    with slot(tmp_path, 1):
+        agent = subprocess.Popen(
+            [sys.executable, "-c", _AGENT, str(tmp_path)],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert agent.stdout is not None
+        worker = Path("/proc") / agent.stdout.readline().strip()
+        eventually(lambda: "slot-0" in " ".join(str(file.readlink()) for file in (worker / "fd").iterdir()))
+        agent.kill()
+        agent.wait()
+        eventually(lambda: not worker.exists() or "Z" in (worker / "stat").read_text().split()[2])
+
+
+# ---------------------------------------------------------------- as the driver uses it
+class Desk:
+    def __init__(self, folder: Path) -> None:
+        settings = Settings(home=Home(folder), data=folder / "data", slots=folder / "slots", slot_count=1)
+        downloads = Downloads(folder / "blobs", None, lambda _: None, private=True)
+        self.replies: queue.Queue[tuple[int, Reply]] = queue.Queue()
+        self.work = Work(settings, downloads, Stats(folder / "stats.json"), 1, self._put)
+
+    def _put(self, number: int, reply: Reply) -> None:
+        self.replies.put((number, reply))
+
+
+def train(transcript: bytes) -> effects.Train:
+    return effects.Train(transcript, bytes(32), bytes(32), bytes(32), Training(), steps=1, data_seed=0)
+
+
+def test_work_that_failed_for_a_reason_of_ours_is_told_by_that_reason_alone(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    with slot(tmp_path / "slots", 1):
+        assert desk.work.train(train(ROUND)) is None
+        assert desk.work.busy
+        assert desk.work.fail("too much memory") == effects.WorkFailed(ROUND, "too much memory")
+        assert (desk.work.busy, desk.work.pid) == (False, 0)
+        assert (
+            desk.work.said(*desk.replies.get(timeout=60)) is None
+        )  # of the killed worker: nobody asks any more
+
+
+def test_only_the_rounds_own_work_is_stopped(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    with slot(tmp_path / "slots", 1):
+        desk.work.train(train(ROUND))
+        desk.work.stop_for(bytes(32))
+        assert desk.work.busy
+        desk.work.stop_for(ROUND)
+        assert (desk.work.busy, desk.work.pid) == (False, 0)
+
+
+def test_a_workers_failure_is_an_event_with_its_words(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.work.train(train(ROUND))
+    event = desk.work.said(*desk.replies.get(timeout=60))
+    assert isinstance(event, effects.WorkFailed)
+    assert event.transcript == ROUND
+    assert "bundle is not here" in event.reason
+    desk.work.stop()
