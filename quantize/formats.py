@@ -61,8 +61,9 @@ def encode(weight: Floats, fmt: WeightFormat) -> dict[str, npt.NDArray]:
     low = blocks.min(-1)
     span = blocks.max(-1) - low
     scale = _nonzero(span / _steps(blocks, low, span))
-    codes = np.clip(np.rint((blocks - low[..., None]) / scale[..., None]), 0, 15)
-    return assemble(codes.astype(np.uint8), scale, low + fmt.zero * scale, fmt)
+    first = np.where(span == 0, fmt.zero, 0).astype(np.float32)  # a constant block is all offset
+    codes = np.clip(np.rint((blocks - low[..., None]) / scale[..., None]) + first[..., None], 0, 15)
+    return assemble(codes.astype(np.uint8), scale, low + (fmt.zero - first) * scale, fmt)
 
 
 def assemble(codes: Codes, scale: Floats, offset: Floats | None, fmt: WeightFormat) -> dict[str, npt.NDArray]:

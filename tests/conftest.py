@@ -1,1 +1,57 @@
-"""Makes `playbook`, the in-memory fleet, importable from every test."""
+"""What every test may ask for: `playbook` and `tiny` are importable; one tiny model and its bundle per test run.
+
+Exporting takes some 20 seconds, so all workers of pytest-xdist share the first one's result. Treat both folders as
+read-only; copy them before changing a byte.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+
+# torch's tracer writes a record for every step; pytest would keep them all, at three times the run time.
+logging.getLogger("torch.__trace").propagate = False
+
+
+def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `name` that all workers of this run share, made by whoever comes first."""
+    base = factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / name).exists():
+            make(base / name)
+    return base / name
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: Llama with 2 layers, 4 query and 2 key heads, 304 embedding rows. Read-only."""
+    from transformers import LlamaConfig
+
+    return _once(tmp_path_factory, "tiny-model", lambda out: tiny.write_model(out, LlamaConfig(**tiny.SIZES)))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The bundle of `tiny_model` in int4d, signed by `tiny.PUBLISHER`. Read-only."""
+    from quantize.bundle import quantize
+
+    def make(out: Path) -> None:
+        quantize(
+            str(tiny_model),
+            out,
+            tiny.PUBLISHER,
+            lora=tiny.LORA,
+            name="tiny",
+            weights_format="int4d",
+            head_rows=tiny.HEAD_ROWS,
+        )
+
+    return _once(tmp_path_factory, "tiny-bundle", make)
