@@ -72,6 +72,13 @@ def test_what_is_no_frame(data: bytes) -> None:
     refused("malformed", decode_frame, data)
 
 
+def test_a_genuine_frame_with_another_magic_or_a_cut_header() -> None:
+    frame = encode_frame(ChunkHeader(H, H, 1), b"body")
+    refused("malformed", decode_frame, b"GF" + frame[2:])
+    refused("malformed", decode_frame, frame[:2] + b"\x02" + frame[3:])
+    refused("malformed", decode_frame, frame[:40])
+
+
 def test_a_header_longer_than_allowed_is_not_read() -> None:
     refused("malformed", decode_frame, b"FG\x01\x10\x01" + bytes(0x1001))
     refused("oversize", decode_frame, b"FG\x01" + bytes(limits.FRAME_BYTES_HARD_MAX))
@@ -185,6 +192,12 @@ def test_chunks_that_do_not_fit_change_nothing() -> None:
     refused("bad-chunk", receiver.add, 1, bytes(10))
     receiver.add(0, body[:-10])
     assert receiver.body() == body
+
+
+def test_an_empty_chunk_after_a_full_last_one_is_past_the_end() -> None:
+    receiver = incoming(body_of(limits.CHUNK_BODY_BYTES))
+    refused("bad-chunk", receiver.add, 1, b"")
+    assert not receiver.whole
 
 
 def test_a_body_with_another_hash_is_not_given_out() -> None:
