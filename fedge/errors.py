@@ -19,6 +19,10 @@ class FedgeError(Exception):
         self.what, self.field, self.value, self.hint = what, field, value, hint
         super().__init__(str(self))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """So that an error crosses from a child process whole: the class, and every field."""
+        return _made_again, (type(self), {**vars(self)})
+
     def __str__(self) -> str:
         where = f" ({self.field}={_short(self.value)})" if self.field else ""
         return f"{self.what}{where}" + (f". {self.hint}" if self.hint else "")
@@ -65,7 +69,9 @@ class ProtocolError(FedgeError):
 
     exit_code = 76
 
-    def __init__(self, name: str, what: str, *, field: str = "", value: object = None, hint: str = "") -> None:
+    def __init__(
+        self, name: str, what: str, *, field: str = "", value: object = None, hint: str = ""
+    ) -> None:
         self.name = name
         super().__init__(what, field=field, value=value, hint=hint)
 
@@ -86,6 +92,12 @@ class IntegrityError(FedgeError):
     """A hash or signature does not match. Nothing was believed and nothing was opened."""
 
     exit_code = 79
+
+
+def _made_again(kind: type[FedgeError], fields: dict[str, object]) -> FedgeError:
+    error = kind.__new__(kind)
+    error.__dict__.update(fields)
+    return error
 
 
 def _short(value: object, chars_max: int = 80) -> str:

@@ -8,9 +8,7 @@ that was stopped, or killed, goes on where it was.
 from __future__ import annotations
 
 import os
-import resource
 import shutil
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,22 +16,23 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import Meta
 
-from fedge import __version__
 from fedge.errors import DataError, UsageError
 from fedge.io import assets, durable
 from fedge.io.model_source import resolve_model
+from fedge.io.wheels import Progress
 from fedge.limits import BLOC_DEVICES_MAX, BLOC_DEVICES_MIN
-from fedge.lora import AdapterLayout, LoraConfig
+from fedge.lora import AdapterLayout
 from fedge.messages import Training
-from fedge.release import MANIFEST, TOKENIZER, WEIGHTS, Manifest
+from fedge.release import MANIFEST, TOKENIZER, Manifest
 from firmware_sim import people as chitchat
-from firmware_sim.evaluation import PersonLoss, evaluate_people, pooled
+from firmware_sim.evaluation import PersonLoss, evaluate_people
+from firmware_sim.export import quantize_in_child
 from firmware_sim.fleet import LocalFleet
+from firmware_sim.outcome import Parts, result_of
 from firmware_sim.report import write_report
-from firmware_sim.result import Result, as_result, read_result, write_result
+from firmware_sim.result import Result, read_result, write_result
 from firmware_sim.screen import Screen
 from firmware_sim.watch import Watch
 from hub.blobs import Blobs
@@ -59,6 +58,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     broker: str = "auto"
     reference: bool = False
 
+    def numbers(self) -> dict[str, int]:
+        """What the result repeats of it."""
+        names = {"seed": self.seed, "devices": self.devices, "bloc_devices": self.bloc}
+        return {**names, "rounds": self.rounds, "steps": self.steps}
+
 
 def run(folder: Path, settings: Settings, *, resume: bool, fresh: bool) -> Result:
     """Runs the demo in `folder` and returns what came out. UsageError when it must be told how to treat an old run."""
@@ -73,7 +77,11 @@ def run(folder: Path, settings: Settings, *, resume: bool, fresh: bool) -> Resul
     if (folder / RESULT).exists():
         return read_result(folder / RESULT)
     with Screen() as screen:
-        return _Demo(folder, settings, screen).run()
+        try:
+            return _Demo(folder, settings, screen).run()
+        except KeyboardInterrupt:
+            screen.note(f"stopped; go on with: fedge sim demo --resume --out {folder}")
+            raise
 
 
 def _enter(folder: Path, settings: Settings, *, resume: bool, fresh: bool) -> Settings:
@@ -136,14 +144,21 @@ class _Demo:
         export_adapter(campaign, blobs, self.folder / "adapter")
         with self._timed("evaluate"):
             after = self._evaluate("after", everyone, manifest, campaign.training)
-        loss = {
-            **_losses("zero_shot", "zero_shot_never_seen", before, part),
-            **_losses("took_part", "never_seen", after, part),
-        }
-        if self.settings.reference:
-            loss |= self._reference(part, everyone, manifest, campaign.training)
+            reference = self._reference(part, everyone, manifest, campaign.training)
         self.seconds["total"] = time.monotonic() - began
-        result = as_result(self._values(manifest, watch, fleet, loss, before, after, part))
+        parts = Parts(
+            manifest=manifest,
+            watch=watch,
+            figures=list(fleet.figures().values()),
+            part=part,
+            before=before,
+            after=after,
+            reference=reference,
+            seconds=self.seconds,
+            broker=self.broker,
+            restarts=fleet.supervisor.restarts,
+        )
+        result = result_of(parts, self.settings.numbers())
         write_result(result, self.folder / RESULT)
         write_report(result, self.folder / "report.html")
         return result
@@ -154,7 +169,7 @@ class _Demo:
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began
 
-    def _told(self, name: str):  # type: ignore[no-untyped-def]
+    def _told(self, name: str) -> Progress:
         def tell(phase: str, done: int, total: int) -> None:
             self.screen.bar(name, done, total or 1, phase)
 
@@ -163,24 +178,22 @@ class _Demo:
     # ------------------------------------------------------------ stages
     def _quantize(self, source: str) -> Manifest:
         if not (self.bundle / MANIFEST).exists():
-            from quantize.bundle import quantize
-
-            quantize(
+            quantize_in_child(
                 source,
                 self.bundle,
                 self._publisher(),
-                lora=LoraConfig(),
-                name=self.settings.model,
-                progress=lambda phase, share: self.screen.bar("quantize", share, 1.0, phase),
+                self.settings.model,
+                lambda phase, share: self.screen.bar("quantize", share, 1.0, phase),
             )
         self.screen.bar("quantize", 1.0, 1.0, "4-bit bundle, checked against torch and signed")
         return msgspec.json.decode((self.bundle / MANIFEST).read_bytes(), type=Manifest)
 
-    def _publisher(self) -> Ed25519PrivateKey:
+    def _publisher(self) -> bytes:
+        """The Ed25519 key that signs this run's bundle."""
         path = self.folder / "publisher.key"
         if not path.exists():
             durable.write_bytes(path, os.urandom(32), secret=True)
-        return Ed25519PrivateKey.from_private_bytes(path.read_bytes())
+        return path.read_bytes()
 
     def _people(self, data: Path) -> tuple[list[str], list[str]]:
         from tokenizers import Tokenizer
@@ -255,7 +268,9 @@ class _Demo:
 
     def _reference(
         self, part: list[str], everyone: dict[str, Path], manifest: Manifest, training: Training
-    ) -> dict[str, float]:
+    ) -> dict[str, PersonLoss] | None:
+        if not self.settings.reference:
+            return None
         from firmware_sim import reference
         from firmware_sim.local_training import Plan
 
@@ -273,83 +288,4 @@ class _Demo:
         )
         self.adapter = self.folder / "reference.f32"
         durable.write_bytes(self.adapter, found.adapter)
-        after = self._evaluate("reference", everyone, manifest, training)
-        return _losses("pooled_reference", "pooled_reference_never_seen", after, part)
-
-    # ------------------------------------------------------------ result
-    def _values(
-        self,
-        manifest: Manifest,
-        watch: Watch,
-        fleet: LocalFleet,
-        loss: dict[str, float],
-        before: dict[str, PersonLoss],
-        after: dict[str, PersonLoss],
-        part: list[str],
-    ) -> dict[str, object]:
-        figures = list(fleet.figures().values())
-        settings = self.settings
-        own = resource.getrusage(resource.RUSAGE_SELF)
-        children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        notes = (
-            [f"{fleet.supervisor.restarts} processes were started again"] if fleet.supervisor.restarts else []
-        )
-        return {
-            "fedge": __version__,
-            "seed": settings.seed,
-            "model": {
-                "name": manifest.model,
-                "sha256": manifest.source_sha256,
-                "licence": manifest.licence,
-                "bytes": manifest.files[WEIGHTS].size,
-            },
-            "data": {"name": "BYU chit-chat", "licence": assets.find("data", "chitchat").licence},
-            "devices": settings.devices,
-            "bloc_devices": settings.bloc,
-            "rounds": settings.rounds,
-            "steps": settings.steps,
-            "opened_blocs": watch.opened,
-            "sat_out": watch.sat_out,
-            "loss": loss,
-            "people": [
-                {
-                    "id": name,
-                    "took_part": name in part,
-                    "bloc": watch.bloc_of(name),
-                    "before": before[name].per_token,
-                    "after": after[name].per_token,
-                    "labels": after[name].labels,
-                }
-                for name in after
-            ],
-            "round_log": [msgspec.to_builtins(entry) for entry in watch.log],
-            "agent": {
-                "peak_rss_mb": max(figure.peak_rss_mb for figure in figures),
-                "peak_anon_mb": max(figure.peak_anonymous_mb for figure in figures),
-                "idle_rss_mb": max(figure.idle_rss_mb for figure in figures),
-            },
-            "bytes": {
-                "up_per_round": int(
-                    statistics.median(n for figure in figures for n in figure.round_up_bytes)
-                ),
-                "up_total_per_device": int(statistics.median(figure.mqtt_up_bytes for figure in figures)),
-                "down_total_per_device": int(
-                    statistics.median(figure.mqtt_down_bytes + figure.https_down_bytes for figure in figures)
-                ),
-                "bundle": sum(entry.size for entry in manifest.files.values()),
-            },
-            "seconds": {part: round(value, 1) for part, value in self.seconds.items()},
-            "cpu_seconds": {
-                "simulator": round(own.ru_utime + own.ru_stime, 1),
-                "hub_agents_and_workers": round(children.ru_utime + children.ru_stime, 1),
-            },
-            "broker": self.broker,
-            "notes": notes,
-        }
-
-
-def _losses(took_part: str, unseen: str, losses: dict[str, PersonLoss], part: list[str]) -> dict[str, float]:
-    return {
-        took_part: pooled(loss for name, loss in losses.items() if name in part),
-        unseen: pooled(loss for name, loss in losses.items() if name not in part),
-    }
+        return self._evaluate("reference", everyone, manifest, training)

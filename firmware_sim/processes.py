@@ -117,7 +117,7 @@ class Supervisor:
 
 
 def _end_with_parent() -> None:
-    """In the child: SIGTERM when the simulator dies. A group of its own, because Ctrl-C is the simulator's to pass on."""
+    """In the child: SIGTERM when the simulator dies. Its own group, since Ctrl-C is the simulator's to pass on."""
     os.setpgrp()
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
