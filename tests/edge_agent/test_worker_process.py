@@ -273,3 +273,15 @@ def test_a_workers_failure_is_an_event_with_its_words(tmp_path: Path) -> None:
     assert event.transcript == ROUND
     assert "bundle is not here" in event.reason
     desk.work.stop()
+
+
+def test_a_reply_to_an_earlier_job_is_not_taken_for_one_to_this(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    with slot(tmp_path / "slots", 1):
+        desk.work.train(train(bytes(32)))
+        desk.work.stop()
+        old = desk.replies.get(timeout=60)
+        desk.work.train(train(ROUND))
+        assert desk.work.said(*old) is None
+        assert desk.work.busy
+        desk.work.stop()
