@@ -125,9 +125,8 @@ def frozen_a(seed: bytes, name: str, r: int, n_in: int) -> Floats:
     draws = np.frombuffer(hashlib.shake_256(public).digest(8 * r * n_in), dtype="<i2").reshape(r, n_in, 4)
     rows = draws.sum(axis=2, dtype=np.int64).astype(np.float64)
     for j in range(r):
-        for _ in range(
-            2
-        ):  # once leaves an error of the condition number, twice is enough (Giraud et al. 2005)
+        # Once leaves an error that grows with the condition number; twice is enough (Giraud et al. 2005).
+        for _ in range(2):
             for shadow in rows[:j] * _tree_sum(rows[:j] * rows[j])[:, None]:
                 rows[j] -= shadow
             rows[j] /= np.sqrt(_tree_sum(rows[j] * rows[j]))
