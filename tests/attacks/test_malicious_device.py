@@ -97,6 +97,14 @@ def test_a_device_without_data_never_gets_a_place() -> None:
     assert ("c1", THIEF) not in stage.fleet.hub.ready
 
 
+def test_a_ready_for_a_campaign_that_never_was() -> None:
+    stage = Bench()
+    ready = tampered(
+        ready_of(THIEF, stage.victim.signer), lambda raw: raw.update(campaign="c9"), stage.victim.signer
+    )
+    stage.hub_refuses("no-campaign", THIEF, ready)
+
+
 def test_a_foreign_fleet_a_hubs_key_and_a_broken_signature() -> None:
     stage = Bench()
     stage.hub_refuses("bad-certificate", THIEF, ready_of(THIEF, stranger(THIEF)))
