@@ -83,6 +83,8 @@ def _signature(layer: nn.Module) -> list[str]:
 def adapted_modules(model: nn.Module, lora: LoraConfig) -> dict[str, tuple[int, int]]:
     """Module path -> (out, in) of every matrix that the targets name. Raises ConfigError for a bad target or rank."""
     linears = linears_of(layers_of(model)[0])
+    if not lora.targets:
+        raise ConfigError("no module gets an adapter", field="lora-targets", value=lora.targets)
     for target in lora.targets:
         if not any(_is_target(name, (target,)) for name in linears):
             known = ", ".join(sorted({name.rsplit(".")[-1] for name in linears}))

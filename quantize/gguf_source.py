@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -50,11 +50,18 @@ _KEYS: Final = {
 Blocks = npt.NDArray[np.uint8]
 
 
+class _Fields(dict[str, Any]):
+    """GGUF metadata; asking for a value that is not there is the file's fault."""
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise DataError("the GGUF lacks a value", field="key", value=key)
+
+
 def load_gguf(path: Path, *, licence: str = "") -> Source:
     """A Llama-architecture GGUF. Raises UnsupportedError or DataError before any weight is read."""
     try:
         reader = GGUFReader(path)
-        fields = {name: value.contents() for name, value in reader.fields.items()}
+        fields = _Fields({name: value.contents() for name, value in reader.fields.items()})
     except (ValueError, IndexError, KeyError) as error:
         raise DataError("the GGUF cannot be read", field="model", value=f"{path.name}: {error}") from error
     config = _config(fields, {tensor.name for tensor in reader.tensors})

@@ -1,12 +1,13 @@
 """What is handled: architectures, and every configuration value inside them. Anything else stops by name.
 
 "It looks like Llama" is how exporters lose a soft-cap or a sliding window and still write plausible text. So a value
-must be on one of the lists below, or equal to what its configuration class assumes; an unknown key stops as well.
+must be on one of the lists below, or what every configuration says by default; an unknown key stops as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Final
 
 from fedge.errors import UnsupportedError
@@ -73,6 +74,8 @@ def check_config(config: Config) -> str:
             continue
         if key == "rope_scaling" and _rope_is_handled(value):
             continue
+        if key in _generic_defaults() and value == _generic_defaults()[key]:
+            continue
         if key == "layer_types" and isinstance(value, list) and set(value) == {"full_attention"}:
             continue
         raise UnsupportedError(
@@ -83,6 +86,14 @@ def check_config(config: Config) -> str:
             or (f"Handled: {_listed(allowed)}" if allowed else "Unknown to this version"),
         )
     return architecture
+
+
+@cache
+def _generic_defaults() -> dict[str, object]:
+    """What every transformers configuration says unless told otherwise; older versions write all of it."""
+    from transformers import PretrainedConfig
+
+    return dict(PretrainedConfig().to_dict())
 
 
 def unsupported_architecture(architecture: str) -> UnsupportedError:

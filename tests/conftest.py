@@ -55,3 +55,14 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
         )
 
     return _once(tmp_path_factory, "tiny-bundle", make)
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the real SmolLM2-135M-Instruct; for tests marked `real`. Read-only."""
+    from quantize.bundle import quantize
+
+    def make(out: Path) -> None:
+        quantize("smollm2-135m", out, tiny.PUBLISHER, lora=tiny.LORA, name="smollm2-135m")
+
+    return _once(tmp_path_factory, "smollm2-bundle", make)
