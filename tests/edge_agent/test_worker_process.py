@@ -24,7 +24,9 @@ from edge_agent.slots import slot
 from edge_agent.stats import Stats
 from edge_agent.work import Work
 from edge_agent.worker_process import Reply, WorkerProcess
+from fedge.lora import AdapterLayout
 from fedge.messages import Training
+from fedge.release import open_manifest
 from fedge.secagg.masks import Member
 from fedge.update.report import build_report
 from fedge.update.spec import UpdateCodec
@@ -202,7 +204,9 @@ from edge_agent.settings import Settings
 from edge_agent.stats import Stats
 from edge_agent.work import Work
 from edge_agent.worker_process import WorkerProcess
+from fedge.lora import AdapterLayout
 from fedge.messages import Training
+from fedge.release import open_manifest
 worker = WorkerProcess(print, 60)
 worker.submit(jobs.Train(bundle="-", adapter="-", data="-", training=Training(), slots=sys.argv[1], slot_count=1,
                          delta="-", steps=1))
@@ -285,3 +289,24 @@ def test_a_reply_to_an_earlier_job_is_not_taken_for_one_to_this(tmp_path: Path) 
         assert desk.work.said(*old) is None
         assert desk.work.busy
         desk.work.stop()
+
+
+def test_a_warm_worker_sees_a_data_file_that_was_written_anew(
+    bench: Bench, tmp_path: Path, tiny_bundle: Path
+) -> None:
+    data, line = tmp_path / "data.jsonl", '{"prompt": "how are you", "completion": "i am fine"}\n'
+    manifest = open_manifest(
+        (tiny_bundle / "manifest.json").read_bytes(), (tiny_bundle / "manifest.sig").read_bytes()
+    )
+    layout = AdapterLayout.of(manifest.layers, manifest.lora_shapes, manifest.lora.r)
+    (tmp_path / "adapter").write_bytes(bytes(4 * layout.numbers))
+    job = jobs.Evaluate(
+        bundle=str(tiny_bundle), adapter=str(tmp_path / "adapter"), data=str(data), training=Training()
+    )
+    for count in (3, 3, 5):
+        data.write_text(line * count)
+        bench.worker.submit(job)
+        while isinstance(reply := bench.next()[1], jobs.Progress):
+            continue
+        assert isinstance(reply, jobs.Evaluated)
+        assert len(reply.nll) == count
