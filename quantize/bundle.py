@@ -43,7 +43,8 @@ from quantize.source import Source, file_digest, load
 from quantize.training import head_dim, training_graphs
 from quantize.weights import Progress, choose_format, is_exact, quantise, write_weights
 
-RUNTIME_MIN: Final = "1.23.0"
+# 1.22.1 has no GatherBlockQuantized over uint8; 1.23.2, 1.24.1 and 1.32.0 give the same digits.
+RUNTIME_MIN: Final = "1.23.2"
 HEAD_ROWS: Final = 4096  # 4096 x 64 positions of logits are 1 MB: they stay in cache
 
 

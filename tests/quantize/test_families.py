@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import tiny
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from fedge.lora import LoraConfig
 from quantize.bundle import quantize
@@ -31,7 +31,6 @@ LLAMA3_ROPE = {
         ),
         pytest.param(Qwen3Config(**tiny.SIZES, head_dim=32), ("q_proj", "v_proj"), "int4d", id="Qwen3"),
         pytest.param(Qwen2Config(**tiny.SIZES), ("q_proj", "v_proj"), "int4d", id="Qwen2"),
-        pytest.param(MistralConfig(**tiny.SIZES, sliding_window=None), ("o_proj",), "int8g", id="Mistral"),
     ],
 )
 def test_a_family_passes_its_gates(
