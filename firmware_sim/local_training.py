@@ -72,7 +72,7 @@ class Devices:
 
 @contextmanager
 def open_devices(plan: Plan, processes: int) -> Iterator[Devices]:
-    """The devices of `plan`, worked by `processes` processes of one thread, which end with the block.
+    """The devices of `plan`, worked by `processes` processes of one thread, which have ended when the block has.
 
     What is wrong with bundle, data or training is raised by the first call that meets it.
     """
@@ -82,7 +82,7 @@ def open_devices(plan: Plan, processes: int) -> Iterator[Devices]:
         try:
             yield Devices(pool, plan)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # and waits: none outlives the block
 
 
 # ------------------------------------------------------------ in a process of the pool

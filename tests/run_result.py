@@ -5,30 +5,6 @@ from typing import Any
 
 def run_values() -> dict[str, Any]:
     """Ten people who took part in two blocs, two who did not; three rounds."""
-    people = [
-        {
-            "id": f"user{place:04d}",
-            "took_part": place < 10,
-            "bloc": f"bloc-{place % 2}" if place < 10 else None,
-            "before": 4.5 + place / 100,
-            "after": 3.7 + place / 50,
-            "labels": 300 + place,
-        }
-        for place in range(12)
-    ]
-    log = [
-        {
-            "bloc": bloc,
-            "round": number,
-            "seconds": 20.5 * number,
-            "training_loss": 4.4 - number / 10,
-            "mean_norm": 8.25,
-            "sum_norm": 17.5,
-            "bits": 16 if number == 1 else 8,
-        }
-        for bloc in ("bloc-0", "bloc-1")
-        for number in (1, 2, 3)
-    ]
     return {
         "fedge": "0.1.0",
         "seed": 7,
@@ -53,8 +29,8 @@ def run_values() -> dict[str, Any]:
             "pooled_reference": 3.7356,
             "pooled_reference_never_seen": 3.7067,
         },
-        "people": people,
-        "round_log": log,
+        "people": _people(),
+        "round_log": _round_log(),
         "agent": {"peak_rss_mb": 262.0, "peak_anon_mb": 104.0, "idle_rss_mb": 43.0},
         "bytes": {
             "up_per_round": 184_604,
@@ -67,3 +43,33 @@ def run_values() -> dict[str, Any]:
         "broker": "mosquitto 2.0.11",
         "notes": ["two agents & one hub were started again"],
     }
+
+
+def _people() -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"user{place:04d}",
+            "took_part": place < 10,
+            "bloc": f"bloc-{place % 2}" if place < 10 else None,
+            "before": 4.5 + place / 100,
+            "after": 3.7 + place / 50,
+            "labels": 300 + place,
+        }
+        for place in range(12)
+    ]
+
+
+def _round_log() -> list[dict[str, Any]]:
+    return [
+        {
+            "bloc": bloc,
+            "round": number,
+            "seconds": 20.5 * number,
+            "training_loss": 4.4 - number / 10,
+            "mean_norm": 8.25,
+            "sum_norm": 17.5,
+            "bits": 16 if number == 1 else 8,
+        }
+        for bloc in ("bloc-0", "bloc-1")
+        for number in (1, 2, 3)
+    ]

@@ -1,6 +1,7 @@
 """The evaluation's workers and the pooled reference, against the trainer itself, on a tiny real bundle."""
 
 import math
+import multiprocessing
 import signal
 import subprocess
 from pathlib import Path
@@ -19,8 +20,8 @@ from fedge.errors import ConfigError, DataError, NoInputError
 from fedge.messages import Training
 from firmware_sim import evaluation
 from firmware_sim.evaluation import PersonLoss, evaluate_people, pooled, spread
-from firmware_sim.local_training import Plan, data_seed
-from firmware_sim.reference import federated
+from firmware_sim.local_training import LocalWork, Plan, data_seed
+from firmware_sim.reference import _Channel, federated
 from firmware_sim.reference import pooled as pooled_reference
 
 TRAINING = Training(batch_rows=2, rate=0.02, data_seed=5, a_seed=b"a" * 16)
@@ -147,6 +148,7 @@ def test_batches_are_those_of_the_agent() -> None:
 
 def test_pooled_reference_is_the_trainers_own_loop(tiny_bundle: Path, people: dict[str, Path]) -> None:
     found = pooled_reference(Plan(tiny_bundle, people, TRAINING, rounds=2, steps=2), processes=2)
+    assert not multiprocessing.active_children()
     trainer = Trainer(open_bundle(tiny_bundle), a_seed=TRAINING.a_seed)
     vector = np.zeros(trainer.layout.numbers, np.float32)
     optimizer = AdamW(vector.size, rate=TRAINING.rate, weight_decay=TRAINING.weight_decay)
@@ -210,3 +212,26 @@ def test_errors_of_a_process_reach_the_caller(tiny_bundle: Path, tmp_path: Path)
     plan = Plan(tiny_bundle, {"nobody": tmp_path / "none.jsonl"}, TRAINING, rounds=1, steps=1)
     with pytest.raises(NoInputError, match=r"none\.jsonl"):
         pooled_reference(plan)
+
+
+def test_a_sum_that_wraps_sits_out_and_is_carried(tiny_bundle: Path) -> None:
+    """Eight devices that agree after eight that did not: the sum is 2.8 times what the words were made for."""
+    rng = np.random.default_rng(3)
+    names = [f"person-{place}" for place in range(8)]
+    plan = Plan(tiny_bundle, {name: Path(name) for name in names}, TRAINING, rounds=3, steps=2)
+
+    def work(vectors: list[Any]) -> dict[str, LocalWork]:
+        unit = [(vector / np.linalg.norm(vector)).astype(np.float32) for vector in vectors]
+        return {name: LocalWork(v, 10.0, 5, 4) for name, v in zip(names, unit, strict=True)}
+
+    channel = _Channel(plan, 2_048, 8, seed=1)
+    channel.total(1, work([rng.normal(size=2_048) for _ in names]))
+    same = rng.normal(size=2_048)
+    assert not channel.total(2, work([same] * 8)).any()
+    assert (channel.wrapped, len(channel.figures)) == (1, 1)
+    third = work([rng.normal(size=2_048) for _ in names])
+    expected = sum(part.vector for part in third.values()) + 8 * same / np.linalg.norm(same)
+    channel._spread *= 4  # wide enough words, so that the sum of both opens
+    channel._mean_norm *= 2
+    total = channel.total(3, third)
+    assert np.linalg.norm(total - expected) < 0.15 * np.linalg.norm(expected)
