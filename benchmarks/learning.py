@@ -3,7 +3,7 @@
 SmolLM2-135M in 4 bits, BYU chit-chat by person, the demo's own settings. Four adapters: none; the fleet's rounds with
 float deltas; the same rounds through the shipped codec (clip, 16 bits and then 8); and the pooled reference of equal
 data and equal compute. Masks cancel exactly and are left out. Seeds of the runs are --seed, --seed + 1, and so on.
-A full run takes about ten minutes of processor time for each of the three adapters.
+A full run makes 640 steps of a device for each of the three trained adapters.
 """
 
 from __future__ import annotations
