@@ -27,7 +27,7 @@ from edge_agent.effects import Effect, Event
 from edge_agent.journal import Journal
 from edge_agent.policy import load_policy
 from edge_agent.resources import measure, threads_allowed
-from edge_agent.rounds import Rounds
+from edge_agent.round_files import Rounds
 from edge_agent.settings import Settings
 from edge_agent.stats import Stats
 from edge_agent.work import Work

@@ -30,6 +30,7 @@ from fedge.messages import (
     Receipt,
     Report,
     Result,
+    Training,
     decode,
     decode_envelope,
 )
@@ -52,6 +53,12 @@ class Phase(Enum):
     SENDING = "sending"
     AWAITING = "awaiting"
     CLOSED = "closed"
+
+
+def data_seed(training: Training, device: str, number: int) -> int:
+    """What orders the rows of `device` in round `number`: other batches each time, the same when trained again."""
+    text = f"{training.data_seed}/{device}/{number}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
 
 
 class RoundWorker(ABC):
@@ -120,13 +127,8 @@ class RoundWorker(ABC):
             adapter=opening.adapter.sha256,
             training=campaign.training,
             steps=opening.steps[self._position(opening)],
-            data_seed=self._data_seed(campaign, opening),
+            data_seed=data_seed(campaign.training, self.device, opening.round),
         )
-
-    def _data_seed(self, campaign: Announcement, opening: Open) -> int:
-        """Other batches for every device and round, the same ones when a round is trained again."""
-        text = f"{campaign.training.data_seed}/{self.device}/{opening.round}".encode()
-        return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
 
     def _position(self, opening: Open) -> int:
         """Our place in the roster, which holds our READY as we said it: `checks.roster` saw to that."""

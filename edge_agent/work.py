@@ -10,7 +10,7 @@ from collections.abc import Callable
 from edge_agent import effects, jobs
 from edge_agent.downloads import Downloads
 from edge_agent.effects import Event
-from edge_agent.rounds import Rounds
+from edge_agent.round_files import Rounds
 from edge_agent.settings import Settings
 from edge_agent.stats import Stats
 from edge_agent.worker_process import Reply, WorkerProcess

@@ -7,6 +7,7 @@ that was stopped, or killed, goes on where it was.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -229,7 +230,8 @@ class _Demo:
             processes=self.cores,
             progress=lambda done, total: self.screen.bar(when, done, total, f"held-out loss {when} training"),
         )
-        durable.write_bytes(kept, msgspec.json.encode(found))
+        if all(math.isfinite(loss.nll) for loss in found.values()):  # JSON has no word for the others
+            durable.write_bytes(kept, msgspec.json.encode(found))
         return found
 
     def _train(self, part: list[str]) -> tuple[Watch, LocalFleet]:

@@ -6,7 +6,6 @@ the same numbers from one process or from many: a result depends on bundle, data
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle, open_bundle
 from edge_agent.dataset import Batch, Encode, Row, batches, load_dataset, load_encoder
+from edge_agent.round import data_seed
 from edge_agent.trainer import Trainer, train_round
 from fedge.messages import Training
 
@@ -47,12 +47,6 @@ class LocalWork:
     loss_sum: float
     labels: int
     rows: int
-
-
-def data_seed(training: Training, device: str, number: int) -> int:
-    """What orders the rows of `device` in round `number` (from 1): the agent's own rule (`edge_agent.round`)."""
-    text = f"{training.data_seed}/{device}/{number}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
 
 
 class Devices:

@@ -326,7 +326,7 @@ class Fleet:
         return np.random.default_rng(seed).normal(0, device.scale, NUMBERS).astype(np.float32)
 
     def _keep_carry(self, device: Device, transcript: bytes) -> None:
-        """As edge_agent.rounds does it with files."""
+        """As edge_agent.round_files does it with files."""
         sent, delta = device.sent.pop(transcript, None), device.deltas.pop(transcript, None)
         if sent is not None:
             device.carry, device.carried = sent, device.parts[transcript]

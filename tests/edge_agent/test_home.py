@@ -14,7 +14,7 @@ from desk import Desk
 from edge_agent import resources
 from edge_agent.clock import Clock
 from edge_agent.home import Home, default_home
-from edge_agent.rounds import Rounds
+from edge_agent.round_files import Rounds
 from edge_agent.slots import slot
 from edge_agent.unit import unit_text
 from fedge.errors import IntegrityError, NoInputError, StorageError, UnavailableError

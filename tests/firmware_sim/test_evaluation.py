@@ -5,8 +5,7 @@ import multiprocessing
 import signal
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,13 +13,13 @@ import pytest
 
 from edge_agent.bundle import open_bundle
 from edge_agent.dataset import batches, load_dataset, load_encoder, make_batch
-from edge_agent.round import RoundWorker
+from edge_agent.round import data_seed
 from edge_agent.trainer import AdamW, Trainer, train_round
 from fedge.errors import ConfigError, DataError, NoInputError
 from fedge.messages import Training
 from firmware_sim import evaluation
 from firmware_sim.evaluation import PersonLoss, evaluate_people, pooled, spread
-from firmware_sim.local_training import LocalWork, Plan, data_seed
+from firmware_sim.local_training import LocalWork, Plan
 from firmware_sim.reference import _Channel, federated
 from firmware_sim.reference import pooled as pooled_reference
 
@@ -136,14 +135,6 @@ def test_spread_over_people() -> None:
     for bad in ([], [(math.nan, 1.0)]):
         with pytest.raises(ConfigError):
             spread(bad)
-
-
-def test_batches_are_those_of_the_agent() -> None:
-    for device, number in (("user0003", 1), ("user0003", 2), ("pi-7", 40)):
-        agent = cast(RoundWorker, SimpleNamespace(device=device))
-        campaign, opening = SimpleNamespace(training=TRAINING), SimpleNamespace(round=number)
-        theirs = RoundWorker._data_seed(agent, cast(Any, campaign), cast(Any, opening))
-        assert data_seed(TRAINING, device, number) == theirs
 
 
 def test_pooled_reference_is_the_trainers_own_loop(tiny_bundle: Path, people: dict[str, Path]) -> None:
