@@ -167,14 +167,8 @@ def test_peft_and_transformers_reach_our_loss(
 
 # ---------------------------------------------------------------- the real model
 @pytest.fixture(scope="module")
-def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    from quantize.bundle import quantize
-
-    out = tmp_path_factory.mktemp("real") / "bundle"
-    quantize("smollm2-135m", out, Ed25519PrivateKey.generate(), lora=LoraConfig())
-    return open_bundle(out)
+def real_bundle(smollm2_bundle: Path) -> Bundle:
+    return open_bundle(smollm2_bundle)
 
 
 @pytest.mark.real
