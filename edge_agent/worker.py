@@ -35,6 +35,7 @@ from edge_agent.jobs import (
     Trained,
 )
 from edge_agent.slots import slot
+from edge_agent.warm import Warm, give_back_memory
 from fedge.errors import ConfigError, DataError, FedgeError, IntegrityError, NoInputError, UsageError
 from fedge.io import durable
 
@@ -42,21 +43,20 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edge_agent.bundle import Bundle
     from edge_agent.dataset import Dataset
     from edge_agent.trainer import RoundOutcome, StepResult, Trainer
 
 Emit = Callable[[Answer], None]
 J = TypeVar("J", bound=msgspec.Struct)
 W = TypeVar("W", bound=Job)
+_warm: Final = Warm()  # of this process: its jobs are about one bundle and one file
 
 
 def train(job: Train, emit: Emit) -> Trained:
     """Carry out a Train job."""
     if job.steps < 1:
         raise ConfigError("a round has at least one step", field="steps", value=job.steps)
-    bundle, dataset = _prepare(job)
-    trainer = _trainer(bundle, job)
+    bundle, dataset, trainer = _warm.open(job)
     began = time.monotonic()
     outcome = _round(job, trainer, dataset, bundle.manifest.pad_id, emit)
     seconds = time.monotonic() - began
@@ -107,8 +107,7 @@ def evaluate(job: Evaluate, emit: Emit) -> Evaluated:
     """Carry out an Evaluate job."""
     from edge_agent.dataset import evaluation_batches
 
-    bundle, dataset = _prepare(job)
-    trainer = _trainer(bundle, job)
+    bundle, dataset, trainer = _warm.open(job)
     b = trainer.layout.split(_floats(Path(job.adapter), trainer.layout.numbers, job.adapter_sha256))
     total = len(dataset.rows)
     nll, labels, done = [0.0] * total, [0] * total, 0
@@ -181,7 +180,7 @@ def main() -> None:
         os.environ.setdefault(name, "1")  # read once, when the libraries load; a pool costs 8 MB a thread
     for line in sys.stdin.buffer:
         _emit(answer(line, _emit))
-        _give_back_memory()
+        give_back_memory()
 
 
 def answer(line: bytes, emit: Emit) -> Answer:
@@ -224,59 +223,6 @@ def _emit(message: Answer) -> None:
     sys.stdout.buffer.flush()
 
 
-def _prepare(job: Job) -> tuple[Bundle, Dataset]:
-    """Verify the bundle, then tokenise; the tokenizer's memory is given back before the runtime is loaded."""
-    from edge_agent.bundle import open_bundle
-
-    bundle = open_bundle(
-        Path(job.bundle), publisher=job.publisher, sha256=job.manifest, verified=job.verified
-    )
-    return bundle, _dataset(bundle, job)
-
-
-_last_dataset: list[
-    tuple[object, Dataset]
-] = []  # at most one: the rounds of a worker are about the same file
-
-
-def _dataset(bundle: Bundle, job: Job) -> Dataset:
-    """The rows of the data file. Those of the job before are kept: in a warm worker a tokenizer would add 30 MB."""
-    from edge_agent.dataset import load_dataset, load_encoder
-
-    path, window = Path(job.data), job.training.window_tokens
-    if window > bundle.manifest.positions_max:
-        raise ConfigError("window is longer than the model's", field="window_tokens", value=window)
-    key = _look(path), job.training.template, window, bundle.stamp.manifest_sha256
-    if _last_dataset and _last_dataset[0][0] == key:
-        return _last_dataset[0][1]
-    _last_dataset.clear()
-    dataset = load_dataset(
-        path,
-        job.training.template,
-        load_encoder(bundle.tokenizer),
-        eos_id=bundle.manifest.eos_id,
-        window=window,
-    )
-    _give_back_memory()
-    _last_dataset.append((key, dataset))
-    return dataset
-
-
-def _look(path: Path) -> tuple[str, int, int, int]:
-    """What changes when the owner writes the file anew; reading it tells what is wrong with it."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return str(path), 0, 0, 0
-    return str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def _trainer(bundle: Bundle, job: Job) -> Trainer:
-    from edge_agent.trainer import Trainer
-
-    return Trainer(bundle, job.threads, a_seed=job.training.a_seed)
-
-
 def _floats(path: Path, numbers: int, sha256: bytes | None) -> NDArray[np.float32]:
     import numpy as np
 
@@ -313,13 +259,6 @@ def _end_with_agent() -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(1, signal.SIGKILL)
-
-
-def _give_back_memory() -> None:
-    """Let the C library return freed pages; without this a tokenizer's 40 MB stay ours for the whole round."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 if __name__ == "__main__":

@@ -68,12 +68,19 @@ class Trainer:
         check_runtime(bundle.manifest.runtime_min)
         self.layout = bundle.layout
         self._pause = pause
+        self._seed: bytes | None = None
         self._streamer = Streamer(bundle, threads_allowed(threads))
         self.freeze_a(a_seed)
 
     def freeze_a(self, seed: bytes) -> None:
         """Take A from this public 16-byte seed. Raises DataError for another length."""
-        self._a = self.layout.frozen(seed)
+        if seed != self._seed:
+            self._seed, self._a = seed, self.layout.frozen(seed)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Takes the memory of a step on `rows` x `tokens` now, so that no later batch up to that size takes more."""
+        zero = {name: np.zeros(shape, np.float32) for name, shape in self.layout.b_shapes.items()}
+        self._streamer.reserve(rows, tokens, {**self._a, **zero})
 
     def steps(self, batch: BatchArrays, b: Mapping[str, Floats]) -> Generator[None, None, StepResult]:
         """`loss_and_gradients` in pieces, for a driver of its own."""

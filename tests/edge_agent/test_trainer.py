@@ -273,3 +273,13 @@ def test_training_loads_no_torch() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert {"torch", "transformers", "onnx"}.isdisjoint(loaded.split())
     assert "onnxruntime" in loaded.split()
+
+
+def test_reserving_memory_changes_no_number(bundle: Bundle) -> None:
+    trainer, batch = Trainer(bundle), make_batch(3, 12)
+    b = trainer.layout.split(np.zeros(trainer.layout.numbers, np.float32))
+    before = trainer.loss_and_gradients(batch, b)
+    trainer.reserve(4, 24)
+    after = trainer.loss_and_gradients(batch, b)
+    assert before.loss_sum == after.loss_sum
+    assert all(np.array_equal(before.gradients[name], after.gradients[name]) for name in before.gradients)

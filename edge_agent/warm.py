@@ -1,0 +1,88 @@
+"""What a warm worker keeps from one job to the next: the trainer of its bundle, and the rows of the data file.
+
+Both are kept for memory as much as for time. A second tokenizer beside a loaded runtime would add 30 MB, and a second
+set of sessions 20 MB, because the runtime's arena is shared and what the first set left in it does not fit the second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_agent.jobs import Job, Train
+from fedge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edge_agent.bundle import Bundle
+    from edge_agent.dataset import Dataset
+    from edge_agent.trainer import Trainer
+
+
+class Warm:
+    """At most one of each; another bundle or file takes the old one's place."""
+
+    def __init__(self) -> None:
+        self._trainer: tuple[object, Trainer] | None = None
+        self._dataset: tuple[object, Dataset] | None = None
+
+    def open(self, job: Job) -> tuple[Bundle, Dataset, Trainer]:
+        """What `job` works with. The bundle is verified for every job; rows are read before sessions are loaded."""
+        from edge_agent.bundle import open_bundle
+
+        bundle = open_bundle(
+            Path(job.bundle), publisher=job.publisher, sha256=job.manifest, verified=job.verified
+        )
+        return bundle, self._rows_of(bundle, job), self._trainer_of(bundle, job)
+
+    def _rows_of(self, bundle: Bundle, job: Job) -> Dataset:
+        from edge_agent.dataset import load_dataset, load_encoder
+
+        path, window = Path(job.data), job.training.window_tokens
+        if window > bundle.manifest.positions_max:
+            raise ConfigError("window is longer than the model's", field="window_tokens", value=window)
+        key = _look(path), job.training.template, window, bundle.stamp.manifest_sha256
+        if self._dataset is not None and self._dataset[0] == key:
+            return self._dataset[1]
+        self._dataset = None
+        dataset = load_dataset(
+            path,
+            job.training.template,
+            load_encoder(bundle.tokenizer),
+            eos_id=bundle.manifest.eos_id,
+            window=window,
+        )
+        give_back_memory()
+        self._dataset = key, dataset
+        return dataset
+
+    def _trainer_of(self, bundle: Bundle, job: Job) -> Trainer:
+        from edge_agent.trainer import Trainer
+
+        key = bundle.stamp, job.threads  # the stamp has every file's inode and times: the same files
+        if self._trainer is not None and self._trainer[0] == key:
+            trainer = self._trainer[1]
+            trainer.freeze_a(job.training.a_seed)
+            return trainer
+        self._trainer = None
+        trainer = Trainer(bundle, job.threads, a_seed=job.training.a_seed)
+        if isinstance(job, Train):
+            trainer.reserve(job.training.batch_rows, job.training.window_tokens)
+        self._trainer = key, trainer
+        return trainer
+
+
+def give_back_memory() -> None:
+    """Let the C library return freed pages; without this a tokenizer's 40 MB stay ours for the whole round."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _look(path: Path) -> tuple[str, int, int, int]:
+    """What changes when the owner writes the file anew; reading it tells what is wrong with it."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return str(path), 0, 0, 0
+    return str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns
