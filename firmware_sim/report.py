@@ -247,7 +247,7 @@ def _cost_table(result: Result) -> Table:
     rows = (
         (
             "rounds",
-            f"{result.rounds} of {result.steps} steps; {result.opened_blocs} sums opened, {result.sat_out} sat out",
+            f"{result.rounds} of {result.steps} steps each; {result.opened_blocs} sums opened, {result.sat_out} sat out",
         ),
         (
             "up, per device",
@@ -255,7 +255,8 @@ def _cost_table(result: Result) -> Table:
         ),
         (
             "down, per device",
-            f"{size_text(traffic.down_total_per_device)} in all, of it the bundle {size_text(traffic.bundle)}",
+            f"{size_text(traffic.down_total_per_device)} in all, "
+            f"and the bundle, {size_text(traffic.bundle)} once for this machine",
         ),
         (
             "memory of an agent",

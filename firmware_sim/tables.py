@@ -68,7 +68,7 @@ def traffic(found: Traffic) -> str:
         ("up, one round", found.up_per_round),
         ("up, whole run", found.up_total_per_device),
         ("down, whole run", found.down_total_per_device),
-        ("of it the bundle, once", found.bundle),
+        ("the bundle, once for all here", found.bundle),
     )
     return _meters(
         "What travels, for each device", [(name, value, size_text(value)) for name, value in named]
