@@ -100,6 +100,6 @@ def _made_again(kind: type[FedgeError], fields: dict[str, object]) -> FedgeError
     return error
 
 
-def _short(value: object, chars_max: int = 80) -> str:
+def _short(value: object, chars_max: int = 240) -> str:
     text = repr(value)
     return text if len(text) <= chars_max else text[: chars_max - 3] + "..."

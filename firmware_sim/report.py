@@ -247,7 +247,8 @@ def _cost_table(result: Result) -> Table:
     rows = (
         (
             "rounds",
-            f"{result.rounds} of {result.steps} steps each; {result.opened_blocs} sums opened, {result.sat_out} sat out",
+            f"{result.rounds} of {result.steps} steps each; "
+            f"{result.opened_blocs} sums opened, {result.sat_out} sat out",
         ),
         (
             "up, per device",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch_twin import mean_loss, torch_twin
@@ -148,9 +148,8 @@ def test_an_agent_holds_neither_torch_nor_numpy(tmp_path: Path, tiny_bundle: Pat
         process = run.fleet.supervisor.children["device-0"].process
         assert process is not None
         maps = Path(f"/proc/{process.pid}/maps").read_text()
-        worker_maps = "".join(
-            (Path("/proc") / child / "maps").read_text() for child in _children(process.pid)
-        )
+        workers = psutil.Process(process.pid).children()
+        worker_maps = "".join(Path(f"/proc/{child.pid}/maps").read_text() for child in workers)
     assert "numpy" not in maps
     assert "onnxruntime" not in maps
     assert "onnxruntime" in worker_maps
@@ -158,25 +157,20 @@ def test_an_agent_holds_neither_torch_nor_numpy(tmp_path: Path, tiny_bundle: Pat
         assert forbidden not in maps + worker_maps
 
 
-def _children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
 # ---------------------------------------------------------------- kill -9
 @needs_mosquitto
-def test_an_agent_killed_in_every_phase(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_an_agent_killed_in_every_part_of_a_round(tmp_path: Path, tiny_bundle: Path) -> None:
+    """Once it was told of the round, once its report is in, and once the sum was opened: every round ends opened."""
     with running(tmp_path, tiny_bundle, devices=5) as run:
-        run.start(wish(5, rounds=3))
-        for phase in ("offered", "training", "awaiting"):
-            run.until(lambda phase=phase: _phase(run, "device-1") == phase or run.count("closed"))
+        run.start(wish(5, rounds=4))
+        victim = run.fleet.supervisor.children["device-1"]
+        for kills, moment in enumerate(("open", "report", "opened"), start=1):
+            seen = run.count(moment)
+            run.until(lambda moment=moment, seen=seen: run.count(moment) > seen)
             run.fleet.supervisor.kill("device-1")
+            run.until(lambda kills=kills: victim.running and victim.restarts == kills)
         run.until(lambda: run.count("closed"))
-        run.check(rounds=3, blocs=1, bloc=5)
-        assert run.fleet.supervisor.children["device-1"].restarts == 3
-
-
-def _phase(run: Run, device: str) -> str:
-    return run.fleet.figures()[device].phase
+        run.check(rounds=4, blocs=1, bloc=5)
 
 
 @needs_mosquitto
@@ -198,15 +192,11 @@ def test_the_broker_killed_in_a_round(tmp_path: Path, tiny_bundle: Path) -> None
         run.until(lambda: run.count("report") >= 1)
         hub = run.fleet.supervisor.children[HUB].process
         assert hub is not None
-        brokers = [int(child) for child in _children(hub.pid) if _is_mosquitto(child)]
+        brokers = [child for child in psutil.Process(hub.pid).children() if child.name() == "mosquitto"]
         assert len(brokers) == 1
-        os.kill(brokers[0], signal.SIGKILL)
+        brokers[0].kill()
         run.until(lambda: run.count("closed"))
         run.check(rounds=2, blocs=1, bloc=5)
-
-
-def _is_mosquitto(pid: str) -> bool:
-    return "mosquitto" in (Path("/proc") / pid / "comm").read_text()
 
 
 # ---------------------------------------------------------------- the real model
