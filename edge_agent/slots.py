@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-_LOOK_SECONDS: Final = 0.1
+_LOOK_SECONDS: Final = 0.02
 
 
 @contextmanager

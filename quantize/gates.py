@@ -30,7 +30,8 @@ from quantize.runner import IGNORE, Array, Decoder, Runner
 from quantize.source import Source
 from quantize.weights import Progress, map_weights, quantise
 
-CUT_GRADIENT_ERROR_MAX: Final = 1e-5  # relative, per tensor; measured 1e-6
+# Relative, per tensor: 1e-6 as a rule, 3e-5 where random attention saturates; planted mistakes are far above.
+CUT_GRADIENT_ERROR_MAX: Final = 1e-4
 GRADIENT_ERROR_MAX: Final = 1e-3  # through 30 layers of float32; measured 2e-4
 LOSS_ERROR_MAX: Final = 1e-4
 EXACT_LOSS_CHANGE_MAX: Final = 1e-3
