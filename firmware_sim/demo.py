@@ -72,7 +72,7 @@ def run(folder: Path, settings: Settings, *, resume: bool, fresh: bool) -> Resul
             "devices must fill whole blocs",
             field="devices",
             value=settings.devices,
-            hint=f"a multiple of --bloc {settings.bloc}",
+            hint=f"Take a multiple of --bloc {settings.bloc}",
         )
     settings = _enter(folder, settings, resume=resume, fresh=fresh)
     if (folder / RESULT).exists():
@@ -89,7 +89,7 @@ def _enter(folder: Path, settings: Settings, *, resume: bool, fresh: bool) -> Se
     known = folder / SETTINGS
     if folder.exists() and any(folder.iterdir()) and not known.exists():
         raise UsageError(
-            "the folder holds something else", field="out", value=str(folder), hint="choose another --out"
+            "the folder holds something else", field="out", value=str(folder), hint="Choose another --out"
         )
     if fresh and folder.exists():
         shutil.rmtree(folder)
@@ -99,7 +99,7 @@ def _enter(folder: Path, settings: Settings, *, resume: bool, fresh: bool) -> Se
                 "an unfinished run is in this folder",
                 field="out",
                 value=str(folder),
-                hint="go on with it: --resume, or throw it away: --fresh",
+                hint="Go on with it: --resume, or throw it away: --fresh",
             )
         return _read_settings(known)
     durable.make_folder(folder, secret=True)
@@ -111,7 +111,7 @@ def _read_settings(path: Path) -> Settings:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Settings)
     except msgspec.MsgspecError as error:
-        raise DataError(f"{path} cannot be read: {error}", hint="start anew: --fresh") from error
+        raise DataError(f"{path} cannot be read: {error}", hint="Start anew: --fresh") from error
 
 
 class _Demo:
