@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,15 @@ time.sleep(60)
 """
 
 
+def _open_files(process: Path) -> list[str]:
+    """What a process has open; a file may be closed while we look."""
+    found = []
+    for file in (process / "fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(str(file.readlink()))
+    return found
+
+
 def test_a_killed_agent_takes_its_worker_along(tmp_path: Path) -> None:
     with slot(tmp_path, 1):
         agent = subprocess.Popen(
@@ -225,7 +235,7 @@ def test_a_killed_agent_takes_its_worker_along(tmp_path: Path) -> None:
         )
         assert agent.stdout is not None
         worker = Path("/proc") / agent.stdout.readline().strip()
-        eventually(lambda: "slot-0" in " ".join(str(file.readlink()) for file in (worker / "fd").iterdir()))
+        eventually(lambda: any("slot-0" in name for name in _open_files(worker)))
         agent.kill()
         agent.wait()
         eventually(lambda: not worker.exists() or "Z" in (worker / "stat").read_text().split()[2])
