@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from fedge.messages import Announcement, BlobRef, Hash, Training
+from fedge.messages import Announcement, BlobRef, Facts, Hash, Training
 from fedge.update.spec import UpdateCodec
 
 
@@ -109,6 +109,19 @@ class WorkFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Conditions:
+    """What the board can do now, and whether its owner's policy lets it work. Told when any of it changes.
+
+    `stay_seconds`: how long the device expects to stay; `reason` is for the owner's log only and never leaves.
+    """
+
+    allowed: bool
+    stay_seconds: int
+    facts: Facts
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TimerFired:
     """A timer set by `SetTimer` ran out."""
 
@@ -117,6 +130,7 @@ class TimerFired:
 
 Event = (
     Started
+    | Conditions
     | Connected
     | Disconnected
     | Received
@@ -182,6 +196,7 @@ class Train:
     training: Training
     steps: int
     data_seed: int
+    depth: int = 0  # layers, from the top, whose adapters train; 0 = all
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ BLOC_DEVICES_MIN: Final = 5  # law 1: below this a bloc sum says too much about 
 BLOC_DEVICES_MAX: Final = 64
 PLAN_SHARE_MAX: Final = 2.0  # no member's planned share of the work may exceed 2/k
 
+FORMATIONS_MAX: Final = 1_024  # of one campaign: the length of its chain of beacons
+
 STEPS_MAX: Final = 10_000
 ROUNDS_MAX: Final = 100_000
 WINDOW_SECONDS_MAX: Final = 7 * 86_400

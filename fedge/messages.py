@@ -9,7 +9,7 @@ and receipt of that round is bound to it. Decoding refuses unknown fields and an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -91,6 +91,8 @@ class Announcement(Message, frozen=True):
     training: Training
     adapter: BlobRef
     adapter_version: Count
+    beacon: Hash = bytes(32)  # commits to the beacons of all formations (fedge.formation)
+    checkin_seconds: Annotated[int, Meta(ge=1, le=86_400)] = 60  # how often a waiting device says READY again
 
 
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -102,10 +104,25 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     samples_bucket: Annotated[int, Meta(ge=0, le=64)] = 0  # bit length of the sample count; 0 = no data
     metered: bool = False
     aes: bool = True  # AES instructions: masks with a peer that lacks them use ChaCha20
+    power: Literal["mains", "charging", "battery"] = "mains"
+    charge_quarter: Annotated[int, Meta(ge=0, le=4)] = 4  # battery, rounded down to quarters
+    hot: bool = False  # throttled now
+    link_bucket: Annotated[int, Meta(ge=0, le=32)] = (
+        0  # bit length of the upload rate in kbit/s; 0 = not known yet
+    )
+    history_bucket: Annotated[int, Meta(ge=0, le=4)] = (
+        0  # share of the last 7 days on: below 50, 70, 85, 95 %, more
+    )
+    rounds_left: bool = True  # the owner's budget of rounds is not spent
+    version: Name = ""  # of the agent
 
 
 class Ready(Message, frozen=True):
-    """device -> hub, signed: present, eligible and willing to stay; one fresh X25519 prekey per READY."""
+    """device -> hub, signed: present, eligible and willing to stay; one fresh X25519 prekey per round.
+
+    Said again when the facts change, under a higher counter and with the same prekey until a round has used it.
+    `stay_seconds` 0 says: present, but not now.
+    """
 
     campaign: Id
     device: Id
@@ -116,12 +133,23 @@ class Ready(Message, frozen=True):
 
 
 class BlocCard(Message, frozen=True):
-    """hub -> bloc, signed: the fixed members of a bloc for a whole campaign. A device pins the first it accepts."""
+    """hub -> bloc, signed: the fixed members of a bloc for a whole campaign. A device pins the first it accepts.
+
+    How it was formed, and how a device checks that, is in `fedge.formation`.
+    """
 
     campaign: Id
     bloc: Id
     members: Annotated[tuple[Id, ...], Meta(max_length=limits.BLOC_DEVICES_MAX)]
     beacon: Hash  # public randomness that broke ties when blocs were formed
+    formation: Count = 1  # which formation of the campaign; the first is 1
+    roster: Annotated[
+        tuple[Blob, ...], Meta(max_length=limits.BLOC_DEVICES_MAX)
+    ] = ()  # READYs that were sorted
+    index: Count = 0  # of this bloc among the `blocs` of the formation
+    blocs: Count = 1
+    path: Annotated[tuple[Hash, ...], Meta(max_length=64)] = ()
+    root: Hash = bytes(32)
 
 
 class Open(Message, frozen=True):
@@ -139,6 +167,8 @@ class Open(Message, frozen=True):
         tuple[Blob, ...], Meta(max_length=limits.BLOC_DEVICES_MAX)
     ]  # READY envelopes, card order
     window_seconds: Annotated[int, Meta(ge=1, le=limits.WINDOW_SECONDS_MAX)]
+    # How many layers, from the top, each member adapts, roster order; empty or 0 = all.
+    depths: Annotated[tuple[int, ...], Meta(max_length=limits.BLOC_DEVICES_MAX)] = ()
 
 
 class Report(Message, frozen=True):

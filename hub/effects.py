@@ -39,6 +39,23 @@ class CampaignRow(msgspec.Struct, frozen=True, kw_only=True):
     spread: float = 0.0  # of the last opened sum, per number: tunes the next step
     mean_norm: float = 0.0  # of the last opened sum's members: tunes the next clip
     closed: bool = False
+    # ---- the scheduler's knobs (hub.scheduler)
+    beacon_secret: bytes = bytes(
+        32
+    )  # its hash chain's end is announced; never leaves the hub before its turn
+    formations: int = 0
+    started_at: float = 0.0
+    work_seconds: float = 120.0  # target time of a member's part in a round
+    training_devices_max: int = 0  # devices that train at once; 0 = no bound
+    rest_seconds: float = 0.0  # of a bloc between two rounds
+    quota: float = 0.0  # a bloc is opened at most quota * mean + 2 times; 0 = no bound
+    form_seconds: float = 1_800.0  # newcomers wait at least this long for blocs of newcomers
+    server_rate: float = 1.0  # 1 = the plain mean over the blocs that train side by side (ADR 6)
+    normalise_steps: bool = False  # FedNova-style, from summed step counts only
+    seconds_max: float = (
+        0.0  # the campaign closes after this long, whatever is missing; 0 = when all rounds are done
+    )
+    starving: bool = False  # too few live blocs: nothing is opened until there are more
 
 
 class BlocRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +67,9 @@ class BlocRow(msgspec.Struct, frozen=True, kw_only=True):
     card: bytes  # signed envelope
     round: int = 0  # number of the last OPEN
     opened: int = 0
+    formed_at: float = 0.0
+    ended_at: float = 0.0  # when its last round ended, Unix seconds; 0 = never
+    opened_at: float = 0.0  # when a sum of it was last opened; 0 = never
 
 
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +93,8 @@ class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     counter: int = -1
     quarantined: str = ""
+    blocked_seconds: float = 0.0  # how long its bloc waited for it alone
+    failed: int = 0  # rounds that sat out because its report was missing
 
 
 class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True):

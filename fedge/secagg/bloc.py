@@ -14,7 +14,7 @@ import msgspec
 
 from fedge.errors import ConfigError, IntegrityError, ProtocolError
 from fedge.limits import BLOC_DEVICES_MAX, BLOC_DEVICES_MIN
-from fedge.secagg.masks import Member, mask_in_place, open_edges
+from fedge.secagg.masks import AGREEMENT, Agreement, Member, mask_in_place, open_edges
 from fedge.secagg.ring import BodyLayout, MetadataWords, Words, add_words
 
 
@@ -33,6 +33,7 @@ def seal(
     position: int,
     roster: Sequence[Member],
     prekey_secret: bytes,
+    agreement: Agreement = AGREEMENT,
 ) -> SealedReport:
     """Mask `words` and `metadata` for the OPEN of transcript hash `h`. Pure: the same input gives the same bytes.
 
@@ -42,7 +43,7 @@ def seal(
     _check_size(len(roster))
     body = bytearray(words.tobytes() + metadata.tobytes())
     layout = BodyLayout(bits=8 * words.itemsize, words=words.size, metadata_words=metadata.size)
-    mask_in_place(*layout.views(body), open_edges(h, position, roster, prekey_secret))
+    mask_in_place(*layout.views(body), open_edges(h, position, roster, prekey_secret, agreement))
     return SealedReport(body=bytes(body), digest=hashlib.sha256(body).digest())
 
 

@@ -45,18 +45,36 @@ def edge_cipher(one: Member, other: Member) -> StreamCipher:
     return StreamCipher.AES_128_CTR if one.aes and other.aes else StreamCipher.CHACHA20
 
 
-def edge_key(h: bytes, secret: X25519PrivateKey, other: bytes, cipher: StreamCipher) -> bytes:
-    """e_ij for the 32-byte transcript hash `h`; ProtocolError if `other` is no usable public key."""
-    try:
-        shared = secret.exchange(X25519PublicKey.from_public_bytes(other))
-    except ValueError as error:  # wrong length, or a point of low order, which would give a known secret
-        raise ProtocolError(
-            "bad-prekey", "prekey cannot be used", field="prekey", value=other.hex()
-        ) from error
-    return HKDF(hashes.SHA256(), cipher.key_bytes, salt=h, info=_EDGE + cipher.value).derive(shared)
+class Agreement:
+    """X25519 (RFC 7748), and HKDF-SHA256 (RFC 5869) to an edge's key. A simulation may pass a cheaper one."""
+
+    def public(self, secret: bytes) -> bytes:
+        """The 32-byte prekey of a 32-byte secret."""
+        return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
+
+    def edge_key(self, h: bytes, secret: bytes, other: bytes, cipher: StreamCipher) -> bytes:
+        """e_ij for the 32-byte transcript hash `h`; ProtocolError if `other` is no usable public key."""
+        try:
+            shared = X25519PrivateKey.from_private_bytes(secret).exchange(
+                X25519PublicKey.from_public_bytes(other)
+            )
+        except ValueError as error:  # wrong length, or a point of low order, which would give a known secret
+            raise ProtocolError(
+                "bad-prekey", "prekey cannot be used", field="prekey", value=other.hex()
+            ) from error
+        return HKDF(hashes.SHA256(), cipher.key_bytes, salt=h, info=_EDGE + cipher.value).derive(shared)
 
 
-def open_edges(h: bytes, position: int, roster: Sequence[Member], prekey_secret: bytes) -> list[Edge]:
+AGREEMENT: Final = Agreement()
+
+
+def open_edges(
+    h: bytes,
+    position: int,
+    roster: Sequence[Member],
+    prekey_secret: bytes,
+    agreement: Agreement = AGREEMENT,
+) -> list[Edge]:
     """The edges of the device at `position`, to every other member. A stream serves one report and is then spent.
 
     Raises ProtocolError when a prekey occurs twice (a clone would cancel masks inside a part of the bloc) or the
@@ -64,9 +82,8 @@ def open_edges(h: bytes, position: int, roster: Sequence[Member], prekey_secret:
     """
     if len(h) != 32:
         raise ValueError(f"transcript hash has {len(h)} bytes, not 32")
-    secret = X25519PrivateKey.from_private_bytes(prekey_secret)
-    _check_roster(roster, position, secret.public_key().public_bytes_raw())
-    return list(_edges(h, position, roster, secret))
+    _check_roster(roster, position, agreement.public(prekey_secret))
+    return list(_edges(h, position, roster, prekey_secret, agreement))
 
 
 def mask_in_place(words: Words, metadata: MetadataWords, edges: Sequence[Edge]) -> None:
@@ -91,10 +108,12 @@ def _check_roster(roster: Sequence[Member], position: int, own: bytes) -> None:
         )
 
 
-def _edges(h: bytes, position: int, roster: Sequence[Member], secret: X25519PrivateKey) -> Iterator[Edge]:
+def _edges(
+    h: bytes, position: int, roster: Sequence[Member], secret: bytes, agreement: Agreement
+) -> Iterator[Edge]:
     own = roster[position]
     for other_position, other in enumerate(roster):
         if other_position != position:
             cipher = edge_cipher(own, other)
-            key = edge_key(h, secret, other.prekey, cipher)
+            key = agreement.edge_key(h, secret, other.prekey, cipher)
             yield Edge(adds=other_position > position, stream=Keystream(cipher, key))

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedge.errors import IntegrityError
 from fedge.secagg.bloc import seal
-from fedge.secagg.masks import Member
+from fedge.secagg.masks import AGREEMENT, Agreement, Member
 from fedge.secagg.ring import BodyLayout, MetadataWords, Words
 from fedge.update import codec as coding
 from fedge.update.metadata import METADATA_WORDS, Metadata, pack, unpack
@@ -64,6 +64,7 @@ def build_report(
     roster: Sequence[Member],
     prekey_secret: bytes,
     entropy: bytes,
+    agreement: Agreement = AGREEMENT,
 ) -> BuiltReport:
     """The report of the device at `position` in the bloc of transcript hash `h`. Pure: same input, same bytes.
 
@@ -83,7 +84,13 @@ def build_report(
         strata=encoded.strata,
     )
     sealed = seal(
-        encoded.words, pack(metadata), h=h, position=position, roster=roster, prekey_secret=prekey_secret
+        encoded.words,
+        pack(metadata),
+        h=h,
+        position=position,
+        roster=roster,
+        prekey_secret=prekey_secret,
+        agreement=agreement,
     )
     return BuiltReport(body=sealed.body, digest=sealed.digest, sent=sent, norm=norm)
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedge.secagg.bloc import BlocSum
 from fedge.secagg.keystream import BUFFER_BYTES, Keystream, StreamCipher
-from fedge.secagg.masks import Member, edge_cipher, edge_key, mask_in_place, open_edges
+from fedge.secagg.masks import AGREEMENT, Member, edge_cipher, mask_in_place, open_edges
 from fedge.update.codec import encode
 from fedge.update.metadata import METADATA_WORDS
 from fedge.update.report import BuiltReport, build_report, read_sum, report_layout
@@ -85,9 +85,9 @@ def answers() -> dict[str, Any]:
         "edge_keys": {
             f"{i}-{j}": {
                 "cipher": edge_cipher(ROSTER[i], ROSTER[j]).value.decode(),
-                "key": edge_key(
+                "key": AGREEMENT.edge_key(
                     H,
-                    X25519PrivateKey.from_private_bytes(SECRETS[i]),
+                    SECRETS[i],
                     ROSTER[j].prekey,
                     edge_cipher(ROSTER[i], ROSTER[j]),
                 ).hex(),
@@ -200,7 +200,7 @@ def test_an_edge_key_is_hkdf_of_the_shared_secret_bound_to_the_transcript() -> N
     shared = secret.exchange(X25519PublicKey.from_public_bytes(ROSTER[2].prekey))
     info = b"fedge edge v1" + b"chacha20"
     expected = HKDF(hashes.SHA256(), 32, salt=H, info=info).derive(shared)
-    assert edge_key(H, secret, ROSTER[2].prekey, StreamCipher.CHACHA20) == expected
+    assert AGREEMENT.edge_key(H, SECRETS[0], ROSTER[2].prekey, StreamCipher.CHACHA20) == expected
 
 
 if __name__ == "__main__":
