@@ -1,4 +1,4 @@
-"""A scenario: which devices there are, what they train, and what goes wrong. One TOML file that a user copies and edits."""
+"""A scenario: which devices there are, what they train, what goes wrong. One TOML file that a user copies and edits."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ class Campaign(_Table, frozen=True):
     bundle_mb: Annotated[float, Meta(ge=0, le=8_192)] = 94.0  # what each device downloads once
 
 
-class Scenario(_Table, frozen=True):
-    """The whole file. `faults` maps a fault's name (firmware_sim.faults) to how often it strikes, per device and day."""
+class Scenario(_Table, frozen=True, kw_only=True):
+    """The whole file. `faults`: how often each fault of firmware_sim.faults strikes, per device and day."""
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]*\Z", max_length=40)]
     about: Annotated[str, Meta(max_length=2_000)] = ""
