@@ -71,7 +71,7 @@ class Group(_Table, frozen=True):
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]*\Z", max_length=40)]
     share: Weight = 1.0
-    boards: dict[str, Weight] = {"pi5": 1.0}
+    boards: dict[str, Weight] = msgspec.field(default_factory=lambda: {"pi5": 1.0})
     enclosure: Literal["open", "heatsink", "fan"] = "heatsink"
     ambient_celsius: Range = (18.0, 24.0)  # coldest at 04:00, warmest at 16:00
     samples: Range = (4.3, 0.7)  # log-normal: mean and sigma of the logarithm
