@@ -27,6 +27,7 @@ class Task(Protocol):
     numbers: int  # length of the adapter vector
     layers: int
     step_tokens: int  # processed in one step: what a step costs on a board
+    rate: float  # of the local optimiser: the first codec's clip follows from it
 
     def first(self) -> bytes:
         """The adapter with which a campaign begins, little-endian float32."""
