@@ -68,7 +68,11 @@ class Signer:
     def seal(self, message: Message) -> bytes:
         """The message in a signed envelope, encoded."""
         body = encode(message)
-        return encode(Envelope(body, self.certificate, self.key.sign(_MESSAGE_DOMAIN + body)))
+        return encode(Envelope(body, self.certificate, self.sign(_MESSAGE_DOMAIN + body)))
+
+    def sign(self, data: bytes) -> bytes:
+        """64 bytes, as Verifier.check_signature wants them (Ed25519, RFC 8032). A simulation may do it cheaper."""
+        return self.key.sign(data)
 
 
 class Opened(msgspec.Struct, Generic[M], frozen=True):
@@ -96,12 +100,19 @@ class Verifier:
         """The certificate in `data`, or ProtocolError `bad-certificate`, `wrong-role`, `expired`, `revoked`."""
         try:
             signed = _signed_decoder.decode(data)
-            Ed25519PublicKey.from_public_bytes(self.root).verify(
-                signed.signature, _CERTIFICATE_DOMAIN + signed.body
-            )
+            self.check_signature(self.root, signed.signature, _CERTIFICATE_DOMAIN + signed.body)
             found = _certificate_decoder.decode(signed.body)
         except (msgspec.MsgspecError, InvalidSignature, ValueError) as error:
             raise ProtocolError("bad-certificate", "the fleet root did not sign this certificate") from error
+        self.require_valid(found, role, now)
+        return found
+
+    def check_signature(self, public_key: bytes, signature: bytes, data: bytes) -> None:
+        """Raises InvalidSignature, or ValueError for bytes that are no key. Ed25519 (RFC 8032)."""
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, data)
+
+    def require_valid(self, found: FleetCertificate, role: Role, now: float) -> None:
+        """ProtocolError unless the certificate is of this fleet and this role, not revoked, and valid `now`."""
         if found.fleet != self.fleet:
             raise ProtocolError(
                 "bad-certificate", "certificate of another fleet", field="fleet", value=found.fleet
@@ -118,16 +129,13 @@ class Verifier:
                 value=int(now),
                 hint="check this machine's clock, or renew the certificate",
             )
-        return found
 
     def open(self, data: bytes, kind: type[M], *, role: Role, now: float) -> Opened[M]:
         """The verified message of type `kind` in the envelope `data`; ProtocolError names what is wrong."""
         envelope = decode_envelope(data)
         who = self.certificate(envelope.certificate, role=role, now=now)
         try:
-            Ed25519PublicKey.from_public_bytes(who.public_key).verify(
-                envelope.signature, _MESSAGE_DOMAIN + envelope.body
-            )
+            self.check_signature(who.public_key, envelope.signature, _MESSAGE_DOMAIN + envelope.body)
         except InvalidSignature as error:
             raise ProtocolError("bad-signature", f"{who.subject} did not sign this message") from error
         return Opened(decode(envelope.body, kind), who.subject, envelope.body)
