@@ -6,15 +6,13 @@ of virtual time. Effects are carried out in order, and a `Save` is durable befor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import msgspec
 
 from fedge.messages import Announcement, BlobRef, Facts, Hash, Training
 from fedge.update.spec import UpdateCodec
 
 
-class AgentState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AgentState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """What an agent must still know after the power was cut. One file, replaced as a whole."""
 
     boot: int = 0
@@ -40,38 +38,36 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 # ---------------------------------------------------------------- events
-@dataclass(frozen=True, slots=True)
-class Started:
+class _Value(msgspec.Struct, frozen=True, gc=False):
+    """Base of events and effects: made by the million in a simulation, so cheap to make, and never part of a cycle."""
+
+
+class Started(_Value, frozen=True):
     """The process is up and its saved state is loaded."""
 
 
-@dataclass(frozen=True, slots=True)
-class Connected:
+class Connected(_Value, frozen=True):
     """The link to the broker is up and subscribed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnected:
+class Disconnected(_Value, frozen=True):
     """The link is down; the driver keeps trying."""
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(_Value, frozen=True):
     """A message arrived on `topic`."""
 
     topic: str
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
+class Fetched(_Value, frozen=True):
     """The files of the bundle (with this manifest), or the one blob, are here, whole and verified."""
 
     sha256: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class FetchFailed:
+class FetchFailed(_Value, frozen=True):
     """A download failed for now (the driver already retried), or for good when `final`."""
 
     sha256: bytes
@@ -79,8 +75,7 @@ class FetchFailed:
     final: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
+class Trained(_Value, frozen=True):
     """The delta of this round is on disk."""
 
     transcript: bytes
@@ -91,8 +86,7 @@ class Trained:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Sealed:
+class Sealed(_Value, frozen=True):
     """The masked report of this round is on disk, fsynced."""
 
     transcript: bytes
@@ -100,16 +94,14 @@ class Sealed:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class WorkFailed:
+class WorkFailed(_Value, frozen=True):
     """Training or sealing failed: no usable data, killed for memory, disk full."""
 
     transcript: bytes
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Conditions:
+class Conditions(_Value, frozen=True):
     """What the board can do now, and whether its owner's policy lets it work. Told when any of it changes.
 
     `stay_seconds`: how long the device expects to stay; `reason` is for the owner's log only and never leaves.
@@ -121,8 +113,7 @@ class Conditions:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class TimerFired:
+class TimerFired(_Value, frozen=True):
     """A timer set by `SetTimer` ran out."""
 
     name: str
@@ -144,15 +135,13 @@ Event = (
 
 
 # ---------------------------------------------------------------- effects
-@dataclass(frozen=True, slots=True)
-class Save:
+class Save(_Value, frozen=True):
     """Make this state durable before anything that follows."""
 
     state: AgentState
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(_Value, frozen=True):
     """Send, quality of service 1."""
 
     topic: str
@@ -160,8 +149,7 @@ class Publish:
     retain: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class SendChunk:
+class SendChunk(_Value, frozen=True):
     """Send one frame: `index` of the report on disk for this transcript."""
 
     topic: str
@@ -170,23 +158,20 @@ class SendChunk:
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class FetchBundle:
+class FetchBundle(_Value, frozen=True):
     """Bring manifest and all files of a bundle here and verify them; answered by Fetched(manifest hash)."""
 
     announcement: Announcement
 
 
-@dataclass(frozen=True, slots=True)
-class FetchBlob:
+class FetchBlob(_Value, frozen=True):
     """Bring one content-addressed file here; answered by Fetched(its hash)."""
 
     url: str
     ref: BlobRef
 
 
-@dataclass(frozen=True, slots=True)
-class Train:
+class Train(_Value, frozen=True):
     """Train `steps` local steps from an adapter; the delta goes to disk under `transcript`."""
 
     transcript: bytes
@@ -199,8 +184,7 @@ class Train:
     depth: int = 0  # layers, from the top, whose adapters train; 0 = all
 
 
-@dataclass(frozen=True, slots=True)
-class Seal:
+class Seal(_Value, frozen=True):
     """Build the masked report from the delta on disk (and the carry, when there is one).
 
     `roster` is (prekey, aes) of every member by position; `entropy` drives the stochastic rounding.
@@ -210,52 +194,50 @@ class Seal:
     codec: UpdateCodec
     position: int
     roster: tuple[tuple[bytes, bool], ...]
-    prekey: bytes = field(repr=False)
-    entropy: bytes = field(repr=False)
+    prekey: bytes
+    entropy: bytes
     loss_sum: float
     labels: int
     samples: int
     steps: int
 
+    def __repr__(self) -> str:
+        """Without the two secrets."""
+        return f"Seal({self.transcript.hex()})"
 
-@dataclass(frozen=True, slots=True)
-class KeepCarry:
+
+class KeepCarry(_Value, frozen=True):
     """The round's update was not opened: what was to be sent becomes the carry of the next round."""
 
     transcript: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class DropCarry:
+class DropCarry(_Value, frozen=True):
     """The round's update was opened: erase it, the report and the old carry."""
 
     transcript: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StopWork:
+class StopWork(_Value, frozen=True):
     """Stop training or sealing for this transcript; its outcome is no longer wanted."""
 
     transcript: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class SetTimer:
+class SetTimer(_Value, frozen=True):
     """Fire TimerFired(name) after `seconds`; replaces a running timer of that name."""
 
     name: str
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class CancelTimer:
+class CancelTimer(_Value, frozen=True):
     """The timer is no longer wanted."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Tell:
+class Tell(_Value, frozen=True):
     """A line for the owner's log. `refusal` is the stable name when something was refused."""
 
     text: str

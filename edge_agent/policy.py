@@ -17,6 +17,10 @@ from fedge import limits
 from fedge.errors import ConfigError, StorageError
 
 _Publisher = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+_CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]"
+_Hours = Annotated[str, Meta(pattern=rf"^({_CLOCK}-{_CLOCK})?\Z")]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+_Count = Annotated[int, Meta(ge=0, le=2**62)]
 
 TEMPLATE: Final = """\
 # What this device's owner allows. Every line is optional; these are the defaults.
@@ -25,7 +29,15 @@ TEMPLATE: Final = """\
 # plan_share_max = 2.0      # no device may do more than this many times its even share of a round's work (1 to 2)
 # publishers = []           # if set, only bundles signed by these keys (64 hexadecimal digits each)
 # threads_max = 0           # processor threads for training; 0 = all that this process may use
-# memory_mb_max = 0         # training that grows above this is stopped; 0 = no bound
+# memory_mb_max = 0         # training that would need more is refused, and stopped if it grows above; 0 = no bound
+
+# When this device may work. Outside, it stays in its fleet and says no more than "not now".
+# hours = ""                # local time, as "22:00-06:00"; empty = any
+# battery_min = 0.25        # on battery, only while it is charged at least so far (0 to 1)
+# metered = false           # true = also where the network counts every byte
+# celsius_max = 0           # not while the board is warmer; 0 = no bound of yours
+# bytes_per_day_max = 0     # up and down together, from midnight to midnight UTC; 0 = no bound
+# rounds_max = 0            # rounds in this device's life that may hold your data; 0 = no bound
 """
 
 
@@ -38,7 +50,13 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     plan_share_max: Annotated[float, Meta(ge=1, le=limits.PLAN_SHARE_MAX)] = limits.PLAN_SHARE_MAX
     publishers: tuple[_Publisher, ...] = ()
     threads_max: Annotated[int, Meta(ge=0, le=1_024)] = 0
-    memory_mb_max: Annotated[int, Meta(ge=0)] = 0
+    memory_mb_max: _Count = 0
+    hours: _Hours = ""
+    battery_min: _Share = 0.25
+    metered: bool = False
+    celsius_max: Annotated[float, Meta(ge=0, le=150)] = 0
+    bytes_per_day_max: _Count = 0
+    rounds_max: _Count = 0
 
 
 def load_policy(path: Path) -> Policy:

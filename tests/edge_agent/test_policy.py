@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_no_file_and_the_template_both_mean_the_defaults(tmp_path: Path) -> None
 
 
 def test_the_template_shows_every_field_with_its_default(tmp_path: Path) -> None:
-    shown = load(tmp_path, TEMPLATE.replace("# What", "## What").replace("\n# ", "\n"))
+    shown = load(tmp_path, re.sub(r"^# (\w+ = )", r"\1", TEMPLATE, flags=re.MULTILINE))
     assert shown == Policy()
     assert all(f"# {field} = " in TEMPLATE for field in Policy.__struct_fields__)
 
@@ -31,6 +32,8 @@ def test_an_owner_may_demand_more(tmp_path: Path) -> None:
         tmp_path, f'bloc_devices_min = 20\nplan_share_max = 1.5\npublishers = ["{key}"]\nthreads_max = 1\n'
     )
     assert policy == Policy(bloc_devices_min=20, plan_share_max=1.5, publishers=(key,), threads_max=1)
+    policy = load(tmp_path, 'hours = "22:00-06:00"\nbattery_min = 0.5\nmetered = true\ncelsius_max = 70\n')
+    assert policy == Policy(hours="22:00-06:00", battery_min=0.5, metered=True, celsius_max=70)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,14 @@ def test_an_owner_may_demand_more(tmp_path: Path) -> None:
         ('publishers = ["abc"]', "publishers"),
         ("threads_max = -1", "threads_max"),
         ("memory_mb_max = 1.5", "memory_mb_max"),
+        ("hours = '22-6'", "hours"),
+        ("hours = '22:00-24:00'", "hours"),
+        ("hours = '22:00-06:00\\n'", "hours"),
+        ("battery_min = 25", "battery_min"),
+        ("metered = 1", "metered"),
+        ("celsius_max = -3", "celsius_max"),
+        ("bytes_per_day_max = 1e6", "bytes_per_day_max"),
+        ("rounds_max = -1", "rounds_max"),
         ("bloc_device_min = 9", "bloc_device_min"),
         ("bloc_devices_min 9", "no TOML"),
     ],
