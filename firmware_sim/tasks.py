@@ -116,6 +116,11 @@ class Bowl:
     def evaluate(self, adapter: bytes) -> dict[str, float]:
         return {"loss": self._height(self._common - np.frombuffer(adapter, _LITTLE))}
 
+    def losses(self, number: int, adapter: bytes) -> Vector:
+        """As Mlp.losses; a bowl has one loss for all of a device's samples."""
+        height = self._height(self._optimum(number) - np.frombuffer(adapter, _LITTLE))
+        return np.array([height], np.float32)
+
     def _optimum(self, number: int) -> Vector:
         word = Stream(self._seed, number, "bowl").word()
         pair = self._table[word % _ROWS] + self._table[(word >> 32) % _ROWS]
@@ -144,6 +149,7 @@ TESTS: Final = 4_000
 _SKEW: Final = 0.3  # Dirichlet: the smaller, the fewer classes a device has
 _RARE_SLOW: Final = 1.2
 _RARE_FAST: Final = 0.02
+GEOMETRY: Final = 9  # of the classes, the same for every seed: a loss means the same in every run
 _CACHED_DEVICES_MAX: Final = 2_048  # about 20 MB of samples
 _SHAPES: Final = ((INPUTS, HIDDEN), (HIDDEN,), (HIDDEN, CLASSES), (CLASSES,))
 _ENDS: Final = tuple(np.cumsum([math.prod(shape) for shape in _SHAPES]).tolist())
@@ -164,7 +170,7 @@ class Mlp:
         self._seed = seed
         self._slow = slow or _slow_by_share(seed)
         self._samples = samples or _samples_by_law(seed)
-        random = np.random.default_rng(Stream(seed, "mlp").word())
+        random = np.random.default_rng(GEOMETRY)
         self._centres = random.normal(0, 1.05, (CLASSES, INPUTS))
         self._shears = random.normal(0, 0.28, (CLASSES, INPUTS, INPUTS))
         self._test_labels = random.integers(0, CLASSES, TESTS)
