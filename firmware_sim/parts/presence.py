@@ -1,0 +1,222 @@
+"""When a device is switched on and linked: drawn at each flip, in closed form, from the device's own stream.
+
+`sessions` is a stationary alternating renewal process: at the start of the world the share of devices that is on, and
+what is left of their sessions, are those of a fleet that has run for ever (the length of the session that a moment
+falls into is again log-normal, its mean of the logarithm higher by sigma squared; the rest of it is uniform in it).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from fedge.errors import ConfigError
+from firmware_sim import scenario
+from firmware_sim.parts.hours import DAY, HOUR, inside, local_hour, span, until
+from firmware_sim.world.streams import Stream
+
+RESTART_HOURS: Final = 48.0  # mean time between restarts of a device that is always on
+RESTART_SECONDS: Final = 90.0  # median of a restart
+STAY_SPREAD: Final = 0.5  # sigma of the logarithm of a device's error about how long it stays
+FLIP_SECONDS_MIN: Final = 10.0  # of one state
+_JITTER_HOURS: Final = 0.5  # by which the edge of a night or a day moves, either way
+
+Sessions = tuple[
+    float, Sequence[tuple[float, float]]
+]  # period and the intervals in it that are on, in seconds
+
+
+class Presence(Protocol):
+    """The engine asks `first` once, then `next` at each flip."""
+
+    def first(self, now: float) -> bool:
+        """Whether the device is on at the world's start."""
+
+    def next(self, now: float, on: bool) -> float:
+        """Seconds until it flips, having just become (or begun) `on`."""
+
+    def expected_stay(self, now: float) -> float:
+        """How long the device itself expects to stay on: the truth times a log-normal error, one for each session."""
+
+
+class _Drawn:
+    """What all kinds share: a stream, when the present state ends, and the error of the expected stay."""
+
+    __slots__ = ("_error", "_stream", "_until", "plan")
+
+    def __init__(self, plan: scenario.Presence, stream: Stream) -> None:
+        self.plan, self._stream = plan, stream
+        self._until, self._error = 0.0, 1.0
+
+    def expected_stay(self, now: float) -> float:
+        return max(0.0, self._until - now) * self._error
+
+    def _lasts(self, now: float, seconds: float) -> float:
+        seconds = max(FLIP_SECONDS_MIN, seconds)
+        self._until = now + seconds
+        self._error = self._stream.lognormal(1.0, STAY_SPREAD)
+        return seconds
+
+
+class Always(_Drawn):
+    """On, except for restarts."""
+
+    __slots__ = ()
+
+    def first(self, now: float) -> bool:
+        return True
+
+    def next(self, now: float, on: bool) -> float:
+        if on:
+            return self._lasts(now, self._stream.exponential(RESTART_HOURS * HOUR))
+        return self._lasts(now, self._stream.lognormal(RESTART_SECONDS, 0.5))
+
+
+class Renewal(_Drawn):
+    """On and off for log-normal times. `keep` cuts each session short and gives the rest to the pause after it."""
+
+    __slots__ = ("_cut", "_rest")
+
+    def __init__(self, plan: scenario.Presence, stream: Stream) -> None:
+        super().__init__(plan, stream)
+        self._cut = self._rest = 0.0
+
+    def first(self, now: float) -> bool:
+        plan, stream = self.plan, self._stream
+        if not stream.chance(plan.on_hours / (plan.on_hours + plan.off_hours)):
+            self._rest = self._around(plan.off_hours) * stream.uniform()
+            return False
+        session = self._around(plan.on_hours)
+        kept, at = plan.keep * session, session * stream.uniform()
+        if at < kept:
+            self._rest, self._cut = kept - at, session - kept
+            return True
+        self._rest = session - at + self._length(plan.off_hours)
+        return False
+
+    def next(self, now: float, on: bool) -> float:
+        rest, self._rest = self._rest, 0.0
+        if rest > 0.0:
+            return self._lasts(now, rest)
+        if not on:
+            return self._lasts(now, self._cut + self._length(self.plan.off_hours))
+        session = self._length(self.plan.on_hours)
+        self._cut = (1.0 - self.plan.keep) * session
+        return self._lasts(now, session - self._cut)
+
+    def _length(self, hours: float) -> float:
+        return self._stream.lognormal(hours * HOUR, self.plan.spread)
+
+    def _around(self, hours: float) -> float:
+        """Length of the session, or pause, that a moment falls into."""
+        return self._length(hours * math.exp(self.plan.spread**2))
+
+
+class Windowed(_Drawn):
+    """On in a window of the day whose edges move a little each time; `night` has sessions outside it as well."""
+
+    __slots__ = ("_edge", "_inside", "_zone")
+
+    def __init__(self, plan: scenario.Presence, stream: Stream, time_zone: float) -> None:
+        super().__init__(plan, stream)
+        self._zone, self._edge, self._inside = time_zone, 0.0, False
+
+    def first(self, now: float) -> bool:
+        plan = self.plan
+        self._inside = inside(local_hour(now, self._zone), plan.from_hour, plan.to_hour)
+        self._edge = self._next_edge(now)
+        if self._inside or plan.kind == "day":
+            return self._inside
+        return self._stream.chance(plan.keep * plan.on_hours / (plan.on_hours + plan.off_hours))
+
+    def next(self, now: float, on: bool) -> float:
+        if now >= self._edge:
+            self._cross()
+        if self._inside:
+            return self._in_window(now, on)
+        if self.plan.kind == "day":
+            return self._lasts(now, self._edge - now)
+        median = (self.plan.on_hours if on else self.plan.off_hours) * HOUR
+        length = self._stream.lognormal(median, self.plan.spread) * (self.plan.keep if on else 1.0)
+        if now + length < self._edge:
+            return self._lasts(now, length)
+        if not on:
+            return self._lasts(now, self._edge - now)
+        self._cross()  # a session that reaches the night goes on through it
+        return self._in_window(now, on)
+
+    def _in_window(self, now: float, on: bool) -> float:
+        if on:
+            return self._lasts(now, self.plan.keep * (self._edge - now))
+        self._cross()  # what `keep` took from the window: off until it ends, and for a pause
+        if self.plan.kind == "day":
+            return self._lasts(now, self._edge - now)
+        pause = self._stream.lognormal(self.plan.off_hours * HOUR, self.plan.spread)
+        return self._lasts(now, min(self._edge, self._until + pause) - now)
+
+    def _cross(self) -> None:
+        self._inside = not self._inside
+        self._edge = self._next_edge(self._edge)
+
+    def _next_edge(self, now: float) -> float:
+        """The edge that follows `now`, moved by a draw: by less than a quarter of the shorter side, so none is lost."""
+        goal = self.plan.to_hour if self._inside else self.plan.from_hour
+        width = span(self.plan.from_hour, self.plan.to_hour)
+        move = min(_JITTER_HOURS, width / 4.0, (24.0 - width) / 4.0)
+        ahead = until(local_hour(now, self._zone), goal) + self._stream.uniform(-move, move)
+        return now + ahead * HOUR
+
+
+class Replayed(_Drawn):
+    """Sessions of a trace, repeated for ever, begun on a day of the device's own."""
+
+    __slots__ = ("_offset", "_period", "_sessions")
+
+    def __init__(self, plan: scenario.Presence, stream: Stream, sessions: Sessions, time_zone: float) -> None:
+        super().__init__(plan, stream)
+        self._period, self._sessions = sessions
+        days = max(1, int(self._period // DAY))
+        self._offset = stream.integer(days) * DAY + time_zone * HOUR
+
+    def first(self, now: float) -> bool:
+        at, index = self._place(now)
+        return index >= 0 and at < self._kept_end(index)
+
+    def next(self, now: float, on: bool) -> float:
+        at, index = self._place(now)
+        if on:
+            return self._lasts(now, self._kept_end(index) - at)
+        following = index + 1
+        laps, following = divmod(following, len(self._sessions))
+        return self._lasts(now, laps * self._period + self._sessions[following][0] - at)
+
+    def _place(self, now: float) -> tuple[float, int]:
+        """Where in the trace, and the index of the session that began last (-1: none yet in this lap)."""
+        at = (now + self._offset) % self._period
+        return at, bisect_right(self._sessions, (at, math.inf)) - 1
+
+    def _kept_end(self, index: int) -> float:
+        start, end = self._sessions[index]
+        return start + self.plan.keep * (end - start)
+
+
+def presence(
+    plan: scenario.Presence, stream: Stream, time_zone: float, sessions: Sessions | None = None
+) -> Presence:
+    """The part that a scenario asks for. `sessions` is what a `trace` replays."""
+    if plan.kind == "always":
+        return Always(plan, stream)
+    if plan.kind == "sessions":
+        return Renewal(plan, stream)
+    if plan.kind == "trace":
+        if sessions is None:
+            raise ConfigError(
+                "presence of kind `trace` needs traces",
+                field="presence.kind",
+                value=plan.kind,
+                hint="add --traces PATH",
+            )
+        return Replayed(plan, stream, sessions, time_zone)
+    return Windowed(plan, stream, time_zone)

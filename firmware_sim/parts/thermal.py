@@ -1,0 +1,118 @@
+"""Heat of a board: one resistance, one capacity, and a clock that goes down in steps above the limit.
+
+T' = (ambient + idle + rise * load * speed - T) / tau. `speed` is 1 below the limit and a tenth less for every half
+degree above it (Pi firmware throttles "progressively" between 80 and 85 degrees), so between two steps the solution
+is an exponential. Where a step heats and the next one cools, the board stays at the step, and its mean speed there
+is the one at which heat and cooling balance (Filippov's solution of a switched system).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+STEPS: Final = 9  # down to a tenth of the clock
+STEP_KELVIN: Final = 0.5
+ENCLOSURES: Final = {"open": 1.0, "heatsink": 20 / 35, "fan": 10 / 35}  # share of the bare board's rise
+
+
+def ambient_celsius(coldest: float, warmest: float, hour: float) -> float:
+    """Air by the local hour: coldest at 04:00, warmest at 16:00."""
+    return (coldest + warmest) / 2.0 - (warmest - coldest) / 2.0 * math.cos(math.pi * (hour - 4.0) / 12.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A stretch of time without a step: from `start` towards `goal`, which only an endless one reaches."""
+
+    seconds: float
+    speed: float  # the mean one where the clock goes up and down
+    start: float
+    goal: float
+
+
+class Thermal:
+    """One board's temperature; it starts at rest in `ambient`."""
+
+    __slots__ = ("_at", "celsius", "idle", "rise", "tau", "throttle_celsius")
+
+    def __init__(
+        self, tau: float, rise: float, throttle_celsius: float, idle: float = 0.0, ambient: float = 20.0
+    ) -> None:
+        self.tau, self.rise, self.throttle_celsius, self.idle = tau, rise, throttle_celsius, idle
+        self.celsius = ambient + idle
+        self._at = 0.0
+
+    @property
+    def hot(self) -> bool:
+        """Throttled at this temperature."""
+        return self.celsius >= self.throttle_celsius
+
+    def settle(self, now: float, ambient: float, load: float) -> float:
+        """Temperature at `now`, after `load` (0 … 1 of full load) since the last call."""
+        left = now - self._at
+        if left <= 0.0:
+            return self.celsius
+        self._at = now
+        for part in self._course(ambient, load):
+            if part.seconds >= left:
+                self.celsius = part.goal + (part.start - part.goal) * math.exp(-left / self.tau)
+                break
+            left -= part.seconds
+        return self.celsius
+
+    def work_seconds(self, now: float, ambient: float, seconds: float) -> float:
+        """How long work of `seconds` at full speed takes from `now` on, under full load and idle until then."""
+        return self._work(now, ambient, seconds)[0]
+
+    def throttled_seconds(self, now: float, ambient: float, seconds: float) -> float:
+        """How much of `work_seconds` passes below full speed."""
+        return self._work(now, ambient, seconds)[1]
+
+    def _work(self, now: float, ambient: float, seconds: float) -> tuple[float, float]:
+        self.settle(now, ambient, 0.0)
+        wall = throttled = 0.0
+        for part in self._course(ambient, 1.0):
+            length = min(part.seconds, seconds / part.speed)
+            wall += length
+            throttled += length if part.speed < 1.0 else 0.0
+            seconds -= length * part.speed
+            if length < part.seconds:
+                break
+        return wall, throttled
+
+    def _course(self, ambient: float, load: float) -> Iterator[_Part]:
+        """What happens from the last settled moment on while nothing changes; the last part has no end."""
+        cold, heat, celsius = ambient + self.idle, self.rise * load, self.celsius
+        band = self._band(cold, heat)
+        while True:
+            speed = 1.0 - 0.1 * band
+            goal = cold + heat * speed
+            if goal > self._edge(band) and band < STEPS:
+                edge, way = self._edge(band), 1
+            elif goal < self._edge(band - 1) and band > 0:
+                edge, way = self._edge(band - 1), -1
+            else:
+                yield _Part(math.inf, speed, celsius, goal)
+                return
+            reach = self.tau * math.log((goal - celsius) / (goal - edge))
+            yield _Part(max(0.0, reach), speed, celsius, goal)
+            celsius, band = edge, band + way
+            if (cold + heat * (1.0 - 0.1 * band) - edge) * way <= 0.0:  # driven back: it stays at the edge
+                yield _Part(math.inf, (edge - cold) / heat if heat else 1.0, edge, edge)
+                return
+
+    def _band(self, cold: float, heat: float) -> int:
+        """How many steps the clock is down. On an edge: the band into which the temperature moves, else the lower."""
+        steps = (self.celsius - self.throttle_celsius) / STEP_KELVIN
+        below = round(steps)
+        if abs(steps - below) > 1e-9 or not 0 <= below < STEPS:
+            return min(STEPS, max(0, math.ceil(steps)))
+        moves_up = cold + heat * (1.0 - 0.1 * (below + 1)) > self._edge(below)
+        return below + 1 if moves_up else below
+
+    def _edge(self, band: int) -> float:
+        """The upper end of a band; band 0 ends at the limit."""
+        return self.throttle_celsius + STEP_KELVIN * band
