@@ -1,8 +1,18 @@
-"""`world.json`: what a run of the world found out, in one typed shape. Figures that were not measured are null."""
+"""`world.json`: what a run of the world found out, in one typed shape. Figures that were not measured are null.
+
+A loss that left the finite numbers is null in the file, because JSON has no NaN, and NaN in memory.
+"""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from typing import Any
+
 import msgspec
+
+from fedge.errors import DataError, NoInputError
+from fedge.io import durable
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +81,7 @@ class Strip(_Part, frozen=True):
     boards: list[str]
     rows: list[str]
     opened: list[int]  # sums opened in each column, whole fleet
+    blocs: list[str] = []  # the bloc of each device at the end; "" = none
 
 
 class Violation(_Part, frozen=True):
@@ -114,3 +125,35 @@ class WorldResult(_Part, frozen=True):
     refusals: dict[str, int]  # by name, devices and hub
     violations: list[Violation]
     strip: Strip | None = None
+
+
+def encode_world(result: WorldResult) -> bytes:
+    """Strict JSON, indented, ending with a newline."""
+    return msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n"
+
+
+def decode_world(data: bytes, where: str = "world.json") -> WorldResult:
+    """The result in strict JSON `data`; `where` is its name in errors. Raises DataError."""
+    try:
+        values: Any = msgspec.json.decode(data)
+        for point in values.get("loss", ()):
+            point["figures"] = {
+                name: math.nan if value is None else value for name, value in point["figures"].items()
+            }
+        return msgspec.convert(values, WorldResult)
+    except (msgspec.MsgspecError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{where} is not the result of a world: {error}", field="result") from error
+
+
+def write_world(result: WorldResult, path: Path) -> None:
+    """Write `result` to `path`, whole or not at all. Raises StorageError."""
+    durable.write_bytes(path, encode_world(result))
+
+
+def read_world(path: Path) -> WorldResult:
+    """The result in the file `path`, or in `world.json` of the folder `path`. Raises NoInputError, DataError."""
+    file = path / "world.json" if path.is_dir() else path
+    try:
+        return decode_world(file.read_bytes(), str(file))
+    except OSError as error:
+        raise NoInputError(f"cannot read {file}: {error.strerror}", field="path", value=str(path)) from error
