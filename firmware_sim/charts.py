@@ -56,7 +56,7 @@ def loss_by_round(result: Result, width: int) -> str:
     after = (loss.took_part, loss.never_seen)
     drawn = numbers([*before, *after, *(entry.training_loss for entry in result.round_log)])
     if not drawn:
-        return _note("No loss was measured.")
+        return note("No loss was measured.")
     marks = ticks(min(drawn), max(drawn), 5)
     y = Scale(marks[0], marks[-1], height - _BOTTOM, _TOP)
     last = max([result.rounds, *(entry.round for entry in result.round_log)])
@@ -68,7 +68,7 @@ def loss_by_round(result: Result, width: int) -> str:
     parts.append(_held_out(before, x(0), y, side="above"))
     parts.append(_held_out(after, x(last + 1), y, side="right"))
     title = "Training loss by round for each bloc, and held-out loss before and after, in nats per token"
-    return _svg(width, height, title, parts)
+    return svg(width, height, title, parts)
 
 
 def blocs_of(log: Sequence[Round]) -> list[str]:
@@ -83,7 +83,7 @@ def dumbbells(groups: Sequence[tuple[str, Sequence[Person]]], width: int) -> str
         value for _, people in groups for person in people for value in (person.before, person.after)
     )
     if not drawn:
-        return _note("No person's loss was measured.")
+        return note("No person's loss was measured.")
     rows = sum(len(people) + 1.6 for _, people in groups)
     height = _TOP + rows * _ROW + _BOTTOM
     marks = ticks(min(drawn), max(drawn), 6 if width > 500 else 4)
@@ -99,8 +99,8 @@ def dumbbells(groups: Sequence[tuple[str, Sequence[Person]]], width: int) -> str
             parts.append(_dumbbell(person, x, y + _ROW / 2, width))
             y += _ROW
         y += _ROW * 0.4
-    parts.append(_centred("nats per token, lower is better", (x.start + x.end) / 2, height - 6))
-    return _svg(width, height, "Held-out loss of each person before and after, in nats per token", parts)
+    parts.append(centred("nats per token, lower is better", (x.start + x.end) / 2, height - 6))
+    return svg(width, height, "Held-out loss of each person before and after, in nats per token", parts)
 
 
 def _by_gain(person: Person) -> float:
@@ -140,7 +140,7 @@ def _line(entries: Sequence[Round], x: Scale, y: Scale, dash: str) -> str:
         run = []
         if entry.training_loss == DIVERGED:
             told = f"bloc {entry.bloc}, round {entry.round}: diverged"
-            parts.append(_centred("×", x(entry.round), y.end + 10, kind="cross", title=told))
+            parts.append(centred("×", x(entry.round), y.end + 10, kind="cross", title=told))
     parts.append(_stroke(run, dash))
     for entry in entries:
         for value in numbers([entry.training_loss]):
@@ -177,12 +177,12 @@ def _held_out(pair: tuple[Figure, Figure], x: float, y: Scale, side: str) -> str
             )
         else:
             above = place == 0
-            parts.append(_centred(f"{value:.3f}", x, y(value) + (-10 if above else 19), kind="value"))
+            parts.append(centred(f"{value:.3f}", x, y(value) + (-10 if above else 19), kind="value"))
     return "".join(parts)
 
 
 def _grid_lines(marks: Sequence[float], y: Scale, right: float) -> str:
-    digits = _digits(marks)
+    digits = decimals(marks)
     return "".join(
         f'<line class="grid" x1="42" x2="{right:.0f}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"/>'
         f'<text class="axis end" x="34" y="{y(mark) + 4:.1f}">{mark:.{digits}f}</text>'
@@ -191,10 +191,10 @@ def _grid_lines(marks: Sequence[float], y: Scale, right: float) -> str:
 
 
 def _vertical_grid(marks: Sequence[float], x: Scale, floor: float) -> str:
-    digits = _digits(marks)
+    digits = decimals(marks)
     return "".join(
         f'<line class="grid" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="{_TOP}" y2="{floor:.1f}"/>'
-        + _centred(f"{mark:.{digits}f}", x(mark), floor + 16)
+        + centred(f"{mark:.{digits}f}", x(mark), floor + 16)
         for mark in marks
     )
 
@@ -203,27 +203,31 @@ def _round_labels(last: int, x: Scale, height: float) -> str:
     band = (x.end - x.start) / (last + 1.8)
     every = max(1, math.ceil(22 / band))
     base = height - _BOTTOM + 18
-    parts = [_centred("before", x(0), base), _centred("after", x(last + 1), base)]
-    parts += [_centred(str(number), x(number), base) for number in range(every, last + 1, every)]
-    parts.append(_centred("round", (x.start + x.end) / 2, base + 20))
+    parts = [centred("before", x(0), base), centred("after", x(last + 1), base)]
+    parts += [centred(str(number), x(number), base) for number in range(every, last + 1, every)]
+    parts.append(centred("round", (x.start + x.end) / 2, base + 20))
     return "".join(parts)
 
 
-def _digits(marks: Sequence[float]) -> int:
+def decimals(marks: Sequence[float]) -> int:
+    """How many a label of these marks needs."""
     return max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
 
 
-def _centred(text: str, x: float, y: float, kind: str = "axis", title: str = "") -> str:
+def centred(text: str, x: float, y: float, kind: str = "axis", title: str = "") -> str:
+    """A label around `x`."""
     told = f"<title>{escape(title)}</title>" if title else ""
     return f'<text class="{kind} middle" x="{x:.1f}" y="{y:.1f}">{told}{escape(text)}</text>'
 
 
-def _svg(width: int, height: float, title: str, parts: Sequence[str]) -> str:
+def svg(width: int, height: float, title: str, parts: Sequence[str]) -> str:
+    """A picture that a screen reader can name."""
     return (
         f'<svg viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}" role="img" '
         f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
     )
 
 
-def _note(text: str) -> str:
+def note(text: str) -> str:
+    """What stands in a chart's place when there is nothing to draw."""
     return f'<p class="quiet">{escape(text)}</p>'

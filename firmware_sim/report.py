@@ -13,7 +13,6 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Final
 
 from rich.console import Console
 from rich.table import Table
@@ -23,8 +22,6 @@ from firmware_sim import charts, tables
 from firmware_sim.result import DIVERGED, Result, as_result, change_text, figure_text, finite
 from firmware_sim.summary import Group, groups_of, megabytes_text, seconds_text, size_text
 
-_TEMPLATE: Final = "data/report.html"
-
 
 def write_report(result: Result | Mapping[str, object], path: Path) -> None:
     """Write the page to `path`, whole or not at all. Raises DataError for a result of another shape, StorageError."""
@@ -33,7 +30,7 @@ def write_report(result: Result | Mapping[str, object], path: Path) -> None:
 
 def page(result: Result) -> str:
     """The page as text."""
-    template = Template(resources.files("firmware_sim").joinpath(_TEMPLATE).read_text("utf-8"))
+    template = Template(part_of_page("report.html"))
     took, rest = groups_of(result)
     people = [
         (f"Took part ({len(took.people)})", took.people),
@@ -41,6 +38,7 @@ def page(result: Result) -> str:
     ]
     model, data = escape(result.model.name), escape(result.data.name)
     return template.substitute(
+        style=part_of_page("page.css"),
         title=f"Fedge: {model} on {result.devices} devices",
         eyebrow=f"Fedge {escape(result.fedge)} · {model} · {data} · seed {result.seed}",
         headline=_headline(took),
@@ -64,6 +62,11 @@ def page(result: Result) -> str:
         time=tables.time(result),
         footer=_footer(result),
     )
+
+
+def part_of_page(name: str) -> str:
+    """A template, style sheet or script of the pages."""
+    return resources.files("firmware_sim").joinpath("data", name).read_text("utf-8")
 
 
 # ------------------------------------------------------------ words

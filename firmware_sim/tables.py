@@ -31,16 +31,16 @@ def rounds(log: Sequence[Round]) -> str:
     rows = [
         (
             f"<th>{escape(entry.bloc)}</th>",
-            _n(str(entry.round)),
-            _n(figure_text(entry.training_loss)),
-            _n(figure_text(entry.mean_norm)),
-            _n(figure_text(entry.sum_norm)),
-            _n("–" if entry.bits is None else str(entry.bits)),
-            _n(seconds_text(entry.seconds)),
+            cell(str(entry.round)),
+            cell(figure_text(entry.training_loss)),
+            cell(figure_text(entry.mean_norm)),
+            cell(figure_text(entry.sum_norm)),
+            cell("–" if entry.bits is None else str(entry.bits)),
+            cell(seconds_text(entry.seconds)),
         )
         for entry in sorted(log, key=lambda entry: (entry.bloc, entry.round))
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def spread(groups: Sequence[Group]) -> str:
@@ -52,14 +52,18 @@ def spread(groups: Sequence[Group]) -> str:
         head.append("pooled reference")
     rows = []
     for group in groups:
-        cells = [f"<th>{group.name}</th>", _n(str(len(group.people)))]
-        cells += [_n(figure_text(group.before)), _n(figure_text(group.after)), *_spread_cells(group.spread)]
-        rows.append(tuple([*cells, _n(figure_text(group.reference))] if referenced else cells))
+        cells = [f"<th>{group.name}</th>", cell(str(len(group.people)))]
+        cells += [
+            cell(figure_text(group.before)),
+            cell(figure_text(group.after)),
+            *_spread_cells(group.spread),
+        ]
+        rows.append(tuple([*cells, cell(figure_text(group.reference))] if referenced else cells))
     left_out = sum(len(group.people) - (group.spread.people if group.spread else 0) for group in groups)
     note = _REFERENCE if referenced else ""
     if left_out:
         note += f'<p class="quiet">People without a finite figure are left out of the spread: {left_out}.</p>'
-    return f'<div class="scroll">{_table(head, rows)}</div>{note}'
+    return f'<div class="scroll">{table(head, rows)}</div>{note}'
 
 
 def traffic(found: Traffic) -> str:
@@ -70,9 +74,7 @@ def traffic(found: Traffic) -> str:
         ("down, whole run", found.down_total_per_device),
         ("the bundle, once for all here", found.bundle),
     )
-    return _meters(
-        "What travels, for each device", [(name, value, size_text(value)) for name, value in named]
-    )
+    return meters("What travels, for each device", [(name, value, size_text(value)) for name, value in named])
 
 
 def memory(found: AgentMemory) -> str:
@@ -82,7 +84,7 @@ def memory(found: AgentMemory) -> str:
         ("training, of its own", found.peak_anon_mb),
         ("training, with file pages", found.peak_rss_mb),
     )
-    return _meters("Memory of an agent", [(name, value, megabytes_text(value)) for name, value in named])
+    return meters("Memory of an agent", [(name, value, megabytes_text(value)) for name, value in named])
 
 
 def time(result: Result) -> str:
@@ -92,35 +94,37 @@ def time(result: Result) -> str:
     rows = [
         (
             f"<th>{escape(part.replace('_', ' '))}</th>",
-            _n(seconds_text(wall.get(part))),
-            _n(seconds_text(result.cpu_seconds.get(part))),
+            cell(seconds_text(wall.get(part))),
+            cell(seconds_text(result.cpu_seconds.get(part))),
         )
         for part in (*_PARTS, *others, "total")
     ]
-    return _table(("", "wall time", "processor time"), rows)
+    return table(("", "wall time", "processor time"), rows)
 
 
 def _spread_cells(found: Spread | None) -> list[str]:
     if found is None:
-        return [_n("–")] * 4
+        return [cell("–")] * 4
     return [
-        _n(change_text(found.mean, 0.0)),
-        _n(f"{found.sd:.3f}"),
-        _n(f"{found.smallest:.3f}".replace("-", "\N{MINUS SIGN}")),
-        _n(f"{found.improved} of {found.people}"),
+        cell(change_text(found.mean, 0.0)),
+        cell(f"{found.sd:.3f}"),
+        cell(f"{found.smallest:.3f}".replace("-", "\N{MINUS SIGN}")),
+        cell(f"{found.improved} of {found.people}"),
     ]
 
 
-def _meters(caption: str, rows: Sequence[tuple[str, float | None, str]]) -> str:
+def meters(caption: str, rows: Sequence[tuple[str, float | None, str]]) -> str:
+    """A row for each (name, value, text) with a bar as long as its value; names are HTML."""
     largest = max((value for _, value, _ in rows if value), default=1.0)
     body = []
     for name, value, text in rows:
         bar = f'<div style="width:{100 * value / largest:.2f}%"></div>' if value else ""
-        body.append((f"<th>{name}</th>", f'<td class="meter">{bar}</td>', _n(text)))
-    return _table((caption, "", ""), body, "meters")
+        body.append((f"<th>{name}</th>", f'<td class="meter">{bar}</td>', cell(text)))
+    return table((caption, "", ""), body, "meters")
 
 
-def _table(head: Sequence[str], rows: Sequence[tuple[str, ...]], kind: str = "plain") -> str:
+def table(head: Sequence[str], rows: Sequence[tuple[str, ...]], kind: str = "plain") -> str:
+    """A table; `rows` hold whole cells, the first of each a header."""
     titles = [
         f'<th class="n">{escape(text)}</th>' if place else f"<th>{escape(text)}</th>"
         for place, text in enumerate(head)
@@ -129,5 +133,6 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, ...]], kind: str = "pl
     return f"<table class='{kind}'><thead><tr>{''.join(titles)}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _n(text: str) -> str:
+def cell(text: str) -> str:
+    """A figure's cell."""
     return f'<td class="n">{escape(text)}</td>'
