@@ -94,6 +94,34 @@ class IntegrityError(FedgeError):
     exit_code = 79
 
 
+class InvariantBroken(FedgeError):
+    """Something that must hold whatever goes wrong did not: a bug of ours, found in a simulated world.
+
+    `invariant` names it; `event` (its number), `at` (seconds) and `seed` say where; `trail` holds what happened
+    before, oldest first; `replay` is the command that shows it again.
+    """
+
+    exit_code = 80
+
+    def __init__(
+        self,
+        invariant: str,
+        what: str,
+        *,
+        seed: int = 0,
+        event: int = 0,
+        at: float = 0.0,
+        trail: tuple[str, ...] = (),
+        replay: str = "",
+    ) -> None:
+        self.invariant, self.seed, self.event, self.at = invariant, seed, event, at
+        self.text, self.trail, self.replay = what, trail, replay
+        super().__init__(
+            f"{invariant}: {what} (seed {seed}, event {event}, {at:.3f} s)",
+            hint=f"Replay it: {replay}" if replay else "",
+        )
+
+
 def _made_again(kind: type[FedgeError], fields: dict[str, object]) -> FedgeError:
     error = kind.__new__(kind)
     error.__dict__.update(fields)
