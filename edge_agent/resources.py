@@ -53,7 +53,7 @@ def board_name() -> str:
         name = Path("/proc/device-tree/model").read_text("utf-8", "replace").strip("\0 \n")
     except OSError:
         name = ""
-    return (name or platform.machine().replace("_", "-"))[: limits.NAME_CHARS_MAX]
+    return (name or platform.machine().replace("_", "-"))[: limits.BOARD_CHARS_MAX]
 
 
 def has_aes() -> bool:

@@ -2,8 +2,9 @@
 
 Devices that are READY are sorted by public facts (expected stay, history, speed and link) and cut into runs of k.
 Ties are broken by SHA-256(beacon || READY): the announcement commits to the beacon before any READY is said, and every
-READY holds a fresh prekey of its device, so neither side can aim. Beacons form a hash chain (Lamport 1981): that of
-formation n gives the announced commitment when hashed n times, and later newcomers are formed with the next one.
+READY holds a fresh prekey of its device, so neither side can aim. What is left to a hub is to leave READYs out; it
+cannot reorder those that it takes. Beacons form a hash chain (Lamport 1981): that of formation n gives the announced
+commitment when hashed n times, and later newcomers are formed with the next one.
 A bloc card carries its members' READYs, and a Merkle path (RFC 6962, section 2.1) to the root over all blocs of its
 formation, which is signed and logged: two devices that were shown different partitions hold two roots.
 """
@@ -11,7 +12,8 @@ formation, which is signed and logged: two devices that were shown different par
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from fedge import limits
@@ -23,6 +25,7 @@ WORK_BUCKETS: Final = (60, 120, 240, 420, 700, 1_400)  # seconds
 NOMINAL_STEPS: Final = 20  # a common measure for boards; the real plan is the scheduler's
 
 Key = tuple[int, int, int, bytes]
+Bloc = tuple["Candidate", ...]
 
 
 def sort_key(ready: Ready, digest: bytes, beacon: bytes, adapter_bytes: int) -> Key:
@@ -53,6 +56,49 @@ def transfer_seconds(ready: Ready, size: int) -> float:
 def bucket(value: float, edges: Sequence[float]) -> int:
     """How many of the rising `edges` are reached."""
     return sum(value >= edge for edge in edges)
+
+
+# ---------------------------------------------------------------- what a hub does
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A device that is READY: what it said, the SHA-256 of those bytes, and their signed envelope."""
+
+    ready: Ready
+    digest: bytes
+    envelope: bytes
+
+
+def cut(candidates: Iterable[Candidate], devices: int, beacon: bytes, adapter_bytes: int) -> list[Bloc]:
+    """The candidates in the public order, cut into blocs of exactly `devices`; a tail that fills none waits."""
+    order = sorted(candidates, key=lambda one: sort_key(one.ready, one.digest, beacon, adapter_bytes))
+    whole = len(order) // devices * devices
+    return [tuple(order[start : start + devices]) for start in range(0, whole, devices)]
+
+
+def make_cards(
+    campaign: str, blocs: Sequence[Bloc], names: Sequence[str], *, beacon: bytes, formation: int
+) -> list[BlocCard]:
+    """The cards of one formation, in its order; `names` are the blocs' ids."""
+    tree = Tree([bloc_leaf(_members(bloc), [one.digest for one in bloc]) for bloc in blocs])
+    return [
+        BlocCard(
+            campaign=campaign,
+            bloc=name,
+            members=_members(bloc),
+            beacon=beacon,
+            formation=formation,
+            roster=tuple(one.envelope for one in bloc),
+            index=index,
+            blocs=len(blocs),
+            path=tree.path(index),
+            root=tree.root,
+        )
+        for index, (name, bloc) in enumerate(zip(names, blocs, strict=True))
+    ]
+
+
+def _members(bloc: Bloc) -> tuple[str, ...]:
+    return tuple(one.ready.device for one in bloc)
 
 
 # ---------------------------------------------------------------- beacons
@@ -106,6 +152,8 @@ class Tree:
 
 def root_from(leaf: bytes, index: int, leaves: int, path: Sequence[bytes]) -> bytes:
     """The root that `leaf` at `index` of `leaves` leads to; ProtocolError `bad-formation` for a path that cannot be."""
+    if not 0 <= index < leaves:
+        raise ProtocolError("bad-formation", "no such place in the tree", field="index", value=index)
     rest, node = list(path), leaf
     while leaves > 1:
         if index ^ 1 < leaves:
@@ -114,8 +162,8 @@ def root_from(leaf: bytes, index: int, leaves: int, path: Sequence[bytes]) -> by
             sibling = rest.pop(0)
             node = _node(sibling, node) if index & 1 else _node(node, sibling)
         index, leaves = index >> 1, (leaves + 1) >> 1
-    if rest or index:
-        raise ProtocolError("bad-formation", "path does not fit its place", field="path", value=len(path))
+    if rest:
+        raise ProtocolError("bad-formation", "path is too long", field="path", value=len(path))
     return node
 
 
@@ -136,6 +184,8 @@ def check_card(
         raise ProtocolError("bad-formation", "no such formation", field="formation", value=card.formation)
     if _hash_times(card.beacon, card.formation) != commitment:
         raise ProtocolError("bad-formation", "not the beacon that was announced", field="beacon")
+    if tuple(ready.device for ready, _ in readys) != card.members:
+        raise ProtocolError("bad-formation", "READYs of other devices", field="roster", value=len(readys))
     keys = [sort_key(ready, digest, card.beacon, adapter_bytes) for ready, digest in readys]
     if keys != sorted(keys):
         raise ProtocolError("bad-formation", "members are not in the public order", field="members")

@@ -16,6 +16,8 @@ CHUNK_WINDOW: Final = 8  # chunks in flight; 4 to 8 measured best on lossy links
 ID_CHARS_MAX: Final = 64
 NAME_CHARS_MAX: Final = 128
 TEXT_CHARS_MAX: Final = 2_048
+BOARD_CHARS_MAX: Final = 64  # 64 READYs with the longest names fit a message, and so a card or an OPEN
+VERSION_CHARS_MAX: Final = 32
 
 BLOC_DEVICES_DEFAULT: Final = 8
 BLOC_DEVICES_MIN: Final = 5  # law 1: below this a bloc sum says too much about one person
@@ -23,6 +25,7 @@ BLOC_DEVICES_MAX: Final = 64
 PLAN_SHARE_MAX: Final = 2.0  # no member's planned share of the work may exceed 2/k
 
 FORMATIONS_MAX: Final = 1_024  # of one campaign: the length of its chain of beacons
+PATH_HASHES_MAX: Final = 32  # of a bloc card: enough for 2^32 blocs
 
 STEPS_MAX: Final = 10_000
 ROUNDS_MAX: Final = 100_000

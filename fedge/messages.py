@@ -98,7 +98,7 @@ class Announcement(Message, frozen=True):
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The coarse public facts about a device. Nothing else about one device leaves in the clear."""
 
-    board: Name = "x86-64"
+    board: Annotated[str, Meta(max_length=limits.BOARD_CHARS_MAX)] = "x86-64"
     memory_mb_step: Count = 0  # free memory, in steps of 256 MB
     seconds_per_step: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # 0 = not known yet; rounded to two digits
     samples_bucket: Annotated[int, Meta(ge=0, le=64)] = 0  # bit length of the sample count; 0 = no data
@@ -114,7 +114,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         0  # share of the last 7 days on: below 50, 70, 85, 95 %, more
     )
     rounds_left: bool = True  # the owner's budget of rounds is not spent
-    version: Name = ""  # of the agent
+    version: Annotated[str, Meta(max_length=limits.VERSION_CHARS_MAX)] = ""  # of the agent
 
 
 class Ready(Message, frozen=True):
@@ -143,12 +143,11 @@ class BlocCard(Message, frozen=True):
     members: Annotated[tuple[Id, ...], Meta(max_length=limits.BLOC_DEVICES_MAX)]
     beacon: Hash  # public randomness that broke ties when blocs were formed
     formation: Count = 1  # which formation of the campaign; the first is 1
-    roster: Annotated[
-        tuple[Blob, ...], Meta(max_length=limits.BLOC_DEVICES_MAX)
-    ] = ()  # READYs that were sorted
+    # The members' READY envelopes that were sorted, card order.
+    roster: Annotated[tuple[Blob, ...], Meta(max_length=limits.BLOC_DEVICES_MAX)] = ()
     index: Count = 0  # of this bloc among the `blocs` of the formation
     blocs: Count = 1
-    path: Annotated[tuple[Hash, ...], Meta(max_length=64)] = ()
+    path: Annotated[tuple[Hash, ...], Meta(max_length=limits.PATH_HASHES_MAX)] = ()
     root: Hash = bytes(32)
 
 

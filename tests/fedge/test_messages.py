@@ -57,7 +57,7 @@ CERTIFICATE = FleetCertificate(
 )
 SIGNED = sign_certificate(CERTIFICATE, ROOT)
 H, D, PREKEY = b"\3" * 32, b"\4" * 32, b"\5" * 32
-FACTS = Facts("rpi-5", 12, 1.5, 9, True, False)
+FACTS = Facts("rpi-5", 12, 1.5, 9, True, False, "battery", 3, True, 11, 2, False, "0.3.0")
 READY = Ready(campaign="c1", device="d00", counter=3, prekey=PREKEY, stay_seconds=3_600, facts=FACTS)
 CODEC = UpdateCodec(bits=8, step=0.25, clip=1.5, seed=bytes(range(16)))
 MESSAGES: tuple[Message, ...] = (
@@ -74,9 +74,22 @@ MESSAGES: tuple[Message, ...] = (
         training=Training(template=Template("{prompt}", "{completion}", 9, "-")),
         adapter=BlobRef(D, 737_280),
         adapter_version=4,
+        beacon=PREKEY,
+        checkin_seconds=960,
     ),
     READY,
-    BlocCard(campaign="c1", bloc="bloc-0", members=("d00", "d01", "d02", "d03", "d04"), beacon=H),
+    BlocCard(
+        campaign="c1",
+        bloc="bloc-0",
+        members=("d00", "d01", "d02", "d03", "d04"),
+        beacon=H,
+        formation=2,
+        roster=(b"ready-0", b"ready-1"),
+        index=1,
+        blocs=3,
+        path=(H, D),
+        root=PREKEY,
+    ),
     Open(
         campaign="c1",
         bloc="bloc-0",
@@ -88,6 +101,7 @@ MESSAGES: tuple[Message, ...] = (
         steps=(5, 5),
         roster=(b"ready-0", b"ready-1"),
         window_seconds=600,
+        depths=(0, 12),
     ),
     Report(campaign="c1", bloc="bloc-0", device="d00", transcript=H, digest=D, size=184_604),
     Decline(campaign="c1", bloc="bloc-0", device="d00", transcript=H, reason="work-failed"),
@@ -146,7 +160,22 @@ texts = st.text(st.characters(codec="utf-8"), max_size=20)
 hashes = st.binary(min_size=32, max_size=32)
 counts = st.integers(0, 2**62)
 refs = st.builds(BlobRef, hashes, st.integers(0, limits.BUNDLE_FILE_BYTES_MAX))
-facts = st.builds(Facts, texts, counts, st.floats(0, 1e6), st.integers(0, 64), st.booleans(), st.booleans())
+facts = st.builds(
+    Facts,
+    texts,
+    counts,
+    st.floats(0, 1e6),
+    st.integers(0, 64),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["mains", "charging", "battery"]),
+    st.integers(0, 4),
+    st.booleans(),
+    st.integers(0, 32),
+    st.integers(0, 4),
+    st.booleans(),
+    texts,
+)
 codecs = st.builds(
     UpdateCodec,
     bits=st.sampled_from(limits.RING_BITS),
@@ -173,6 +202,8 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         training=trainings,
         adapter=refs,
         adapter_version=counts,
+        beacon=hashes,
+        checkin_seconds=st.integers(1, 86_400),
     ),
     Ready: st.builds(
         Ready,
@@ -184,7 +215,16 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         facts=facts,
     ),
     BlocCard: st.builds(
-        BlocCard, **bloc, members=st.lists(identifiers, max_size=64).map(tuple), beacon=hashes
+        BlocCard,
+        **bloc,
+        members=st.lists(identifiers, max_size=64).map(tuple),
+        beacon=hashes,
+        formation=counts,
+        roster=envelopes,
+        index=counts,
+        blocs=counts,
+        path=st.lists(hashes, max_size=32).map(tuple),
+        root=hashes,
     ),
     Open: st.builds(
         Open,
@@ -197,6 +237,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         steps=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=64).map(tuple),
         roster=envelopes,
         window_seconds=st.integers(1, limits.WINDOW_SECONDS_MAX),
+        depths=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=64).map(tuple),
     ),
     Report: st.builds(Report, **reporting, digest=hashes, size=st.integers(1, limits.TRANSFER_BYTES_MAX)),
     Decline: st.builds(Decline, **reporting, reason=texts),
@@ -314,9 +355,18 @@ BY_TYPE = {type(message): message for message in MESSAGES}
         (Ready, "facts", {"seconds_per_step": float("nan")}),
         (Ready, "facts", {"seconds_per_step": float("inf")}),
         (Ready, "facts", {"where": "kitchen"}),
+        (Ready, "facts", {"power": "nuclear"}),
+        (Ready, "facts", {"board": "b" * 65}),
+        (Ready, "facts", {"version": "v" * 33}),
+        (Ready, "facts", {"charge_quarter": 5}),
+        (Ready, "facts", {"link_bucket": 33}),
         (BlocCard, "members", ["d"] * 65),
+        (BlocCard, "roster", [b""] * 65),
+        (BlocCard, "path", [bytes(32)] * 33),
+        (BlocCard, "root", bytes(31)),
         (Open, "round", 0),
         (Open, "steps", [1] * 65),
+        (Open, "depths", [1] * 65),
         (Open, "window_seconds", 8 * 86_400),
         (Report, "size", limits.TRANSFER_BYTES_MAX + 1),
         (Report, "size", 0),
@@ -325,6 +375,8 @@ BY_TYPE = {type(message): message for message in MESSAGES}
         (Announcement, "training", {"rate": float("inf")}),
         (Announcement, "training", {"rate": 0.0}),
         (Announcement, "url", "x" * 2_049),
+        (Announcement, "checkin_seconds", 0),
+        (Announcement, "beacon", bytes(33)),
     ],
 )
 def test_a_value_past_its_limit_is_malformed(kind: type[Message], field: str, value: object) -> None:
@@ -353,11 +405,18 @@ def test_a_full_roster_fits_a_message() -> None:
     certificate = sign_certificate(
         msgspec.structs.replace(CERTIFICATE, fleet="f" * 128, subject="d" * 64), ROOT
     )
-    ready = msgspec.structs.replace(READY, campaign="c" * 64, device="d" * 64, facts=Facts("b" * 128))
-    envelope = Signer(KEY, certificate).seal(ready)
-    opening = msgspec.structs.replace(BY_TYPE[Open], roster=(envelope,) * 64, steps=(10_000,) * 64)
-    sealed = Signer(KEY, certificate).seal(opening)
-    assert decode(decode_envelope(sealed).body, Open) == opening
+    largest = msgspec.structs.replace(FACTS, board="b" * 64, version="v" * 32, memory_mb_step=2**62)
+    ready = msgspec.structs.replace(READY, campaign="c" * 64, device="d" * 64, counter=2**62, facts=largest)
+    roster = (Signer(KEY, certificate).seal(ready),) * 64
+    opening = msgspec.structs.replace(
+        BY_TYPE[Open], roster=roster, steps=(10_000,) * 64, depths=(1_000,) * 64
+    )
+    card = msgspec.structs.replace(
+        BY_TYPE[BlocCard], roster=roster, members=("d" * 64,) * 64, path=(H,) * 32, blocs=2**32, index=2**31
+    )
+    for message in (opening, card):
+        sealed = Signer(KEY, certificate).seal(message)
+        assert decode(decode_envelope(sealed).body, type(message)) == message
 
 
 if __name__ == "__main__":
