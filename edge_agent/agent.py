@@ -5,11 +5,15 @@ bloc. It then trains, records that the masks of this transcript are consumed, se
 the hub accepts, and waits for the RESULT. A bloc that sat out leaves a carry for the next round.
 
     IDLE -> FETCHING -> OFFERED -> LOADING -> TRAINING -> SEALING -> SENDING -> AWAITING -> OFFERED ... -> CLOSED
+                                   LOADING, TRAINING <-> INTERRUPTED
 
 The order is the safety argument (protocol.md): `consumed` is durable before any mask is made and the finished report
 before its first chunk leaves, so no transcript is ever masked twice and every resend has the same bytes. Whatever the
 hub says is checked here against the pinned bloc, every signature and the owner's policy; the checks are in
 `edge_agent.checks`. After a cut the phase follows from the saved state alone.
+
+What the board can do and what its owner allows comes as `Conditions`, judged in `edge_agent.conditions`. A waiting
+device whose facts or stay changed says a new READY under its old prekey; one that may not work says a stay of 0.
 """
 
 from __future__ import annotations
@@ -18,9 +22,8 @@ from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from edge_agent import checks, effects
+from edge_agent import believed, checks, effects
 from edge_agent.effects import AgentState, Effect, Event
 from edge_agent.round import FETCH_SECONDS, Phase, RoundWorker
 from fedge import topics
@@ -29,6 +32,7 @@ from fedge.identity import Opened
 from fedge.messages import (
     Announcement,
     BlocCard,
+    Facts,
     HubState,
     Message,
     Open,
@@ -41,12 +45,14 @@ from fedge.messages import (
 
 M = TypeVar("M", bound=Message)
 
-READY_SECONDS: Final = 60.0  # an unanswered READY is said again; the hub may have lost it
-STAY_SECONDS: Final = 86_400  # a device that says READY expects to stay for a day unless its owner says less
+SPREAD_SECONDS_MIN: Final = 60.0  # a fleet that checks in as often as this is too small to need spreading
+_JITTER: Final = (0.75, 1.25)
 
 
 class Agent(RoundWorker):
     """One device in one campaign. `entropy(n)` gives n random bytes; `state` is what was saved last."""
+
+    __slots__ = ()
 
     # ------------------------------------------------------------ entry
     def handle(self, now: float, event: Event) -> list[Effect]:
@@ -111,7 +117,8 @@ class Agent(RoundWorker):
             self.phase = Phase.CLOSED
         elif state.bundle != self.announcement.manifest.sha256:
             self.phase = Phase.FETCHING
-            yield effects.FetchBundle(self.announcement)
+            if self.allowed:
+                yield effects.FetchBundle(self.announcement)
         else:
             yield from self._offer(now)
 
@@ -130,7 +137,7 @@ class Agent(RoundWorker):
 
     def _connected(self, now: float, event: effects.Connected) -> Iterator[Effect]:
         if self.phase is Phase.OFFERED:
-            yield self._say_ready()
+            yield from self._say_ready()
         elif self.phase in (Phase.SENDING, Phase.AWAITING):
             yield from self._offer_report()
 
@@ -141,7 +148,12 @@ class Agent(RoundWorker):
 
     def _hub_state(self, now: float, message: HubState) -> Iterator[Effect]:
         new, self.epoch = message.up and message.epoch != self.epoch, message.epoch
-        if new:
+        if not new:
+            return
+        spread = self.announcement.checkin_seconds - SPREAD_SECONDS_MIN if self.phase is Phase.OFFERED else 0
+        if spread > 0:  # a large fleet does not greet a new hub in one second
+            yield effects.SetTimer("ready", spread * self._draw())
+        else:
             yield from self._connected(now, effects.Connected())
 
     # ------------------------------------------------------------ campaign
@@ -183,6 +195,12 @@ class Agent(RoundWorker):
         yield self._save(**msgspec.structs.asdict(fresh))
         yield from self._resume(now)
 
+    def _fetch_when_allowed(self, now: float, event: effects.Conditions) -> Iterator[Effect]:
+        waited = not self.allowed
+        yield from self._note(now, event)
+        if waited and self.allowed:
+            yield effects.FetchBundle(self.announcement)
+
     def _bundle_here(self, now: float, event: effects.Fetched) -> Iterator[Effect]:
         if event.sha256 == self.announcement.manifest.sha256:
             yield self._save(bundle=event.sha256)
@@ -194,7 +212,7 @@ class Agent(RoundWorker):
             yield effects.SetTimer("fetch", FETCH_SECONDS)
 
     def _fetch_again(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
-        if event.name == "fetch":
+        if event.name == "fetch" and self.allowed:
             yield effects.FetchBundle(self.announcement)
 
     def _pin_card(self, now: float, argument: tuple[Opened[BlocCard], bytes]) -> Iterator[Effect]:
@@ -209,29 +227,55 @@ class Agent(RoundWorker):
     # ------------------------------------------------------------ ready and open
     def _offer(self, now: float) -> Iterator[Effect]:
         self.phase = Phase.OFFERED
-        if not self.state.ready:
-            secret = self.entropy(32)
-            public = X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
-            facts = msgspec.structs.replace(self.facts, seconds_per_step=self.state.seconds_per_step)
-            ready = Ready(
-                campaign=self.announcement.campaign,
-                device=self.device,
-                counter=self.state.counter + 1,
-                prekey=public,
-                stay_seconds=STAY_SECONDS,
-                facts=facts,
-            )
-            yield self._save(counter=ready.counter, prekey=secret, ready=self.signer.seal(ready))
-        yield self._say_ready()
-        yield effects.SetTimer("ready", READY_SECONDS)
+        if not self.state.ready or self._ready_is_old():
+            yield self._sign_ready()
+        yield from self._say_ready()
 
-    def _say_ready(self) -> effects.Publish:
-        return effects.Publish(topics.control(self.device), self.state.ready)
+    def _offer_anew(self, now: float, event: effects.Conditions) -> Iterator[Effect]:
+        yield from self._note(now, event)
+        if self._ready_is_old():
+            yield self._sign_ready()
+            yield from self._say_ready()
+
+    def _ready_is_old(self) -> bool:
+        ready = believed.ready_in(self.state.ready)
+        return ready.stay_seconds != self.stay_seconds or ready.facts != self._public_facts()
+
+    def _public_facts(self) -> Facts:
+        pace = self.state.seconds_per_step
+        return (
+            msgspec.structs.replace(self.facts, seconds_per_step=pace)
+            if pace != self.facts.seconds_per_step
+            else self.facts
+        )
+
+    def _sign_ready(self) -> effects.Save:
+        """One prekey until a round has used it: an OPEN may hold any READY that was said with it."""
+        secret = self.state.prekey or self.entropy(32)
+        ready = Ready(
+            campaign=self.announcement.campaign,
+            device=self.device,
+            counter=self.state.counter + 1,
+            prekey=self.agreement.public(secret),
+            stay_seconds=self.stay_seconds,
+            facts=self._public_facts(),
+        )
+        return self._save(counter=ready.counter, prekey=secret, ready=self.signer.seal(ready))
+
+    def _say_ready(self) -> Iterator[Effect]:
+        """Says the current READY, and again after the campaign's check-in time, so that the hub knows us present."""
+        yield effects.Publish(topics.control(self.device), self.state.ready)
+        low, high = _JITTER
+        seconds = self.announcement.checkin_seconds * (low + (high - low) * self._draw())
+        yield effects.SetTimer("ready", seconds)
+
+    def _draw(self) -> float:
+        """In [0, 1)."""
+        return int.from_bytes(self.entropy(2), "big") / 65_536
 
     def _ready_again(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
         if event.name == "ready":
-            yield self._say_ready()
-            yield effects.SetTimer("ready", READY_SECONDS)
+            yield from self._say_ready()
 
     def _missed(self, now: float, argument: tuple[Opened[Result], bytes]) -> Iterator[Effect]:
         """A round was opened with our READY and ended without us: that READY is spent, a fresh one is said."""
@@ -242,8 +286,9 @@ class Agent(RoundWorker):
 
     def _open(self, now: float, argument: tuple[Opened[Open], bytes]) -> Iterator[Effect]:
         opened, envelope = argument
-        checks.round_opening(opened.message, self.device, self.state, self.announcement, self.policy)
-        checks.roster(opened.message, self.state, self.verifier, now)
+        card = checks.round_opening(opened.message, self.state, self.announcement, self.policy)
+        own = believed.ready_in(self.state.ready)
+        checks.roster(opened.message, card, own, self.verifier, now)
         yield self._save(
             opened=envelope, last_round=opened.message.round, consumed=b"", report=b"", accepted=False
         )
@@ -266,6 +311,7 @@ Handler = Callable[..., Iterator[Effect]]
 # In every phase; a phase's own row comes first.
 ALWAYS: Final[dict[type, Handler]] = {
     effects.Started: Agent._started,
+    effects.Conditions: Agent._note,
     effects.Connected: Agent._connected,
     effects.Disconnected: Agent._disconnected,
     HubState: Agent._hub_state,
@@ -279,12 +325,14 @@ _ROUND: Final[dict[type, Handler]] = {
 TRANSITIONS: Final[dict[Phase, dict[type, Handler]]] = {
     Phase.IDLE: {},
     Phase.FETCHING: {
+        effects.Conditions: Agent._fetch_when_allowed,
         effects.Fetched: Agent._bundle_here,
         effects.FetchFailed: Agent._bundle_failed,
         effects.TimerFired: Agent._fetch_again,
         BlocCard: Agent._pin_card,
     },
     Phase.OFFERED: {
+        effects.Conditions: Agent._offer_anew,
         effects.TimerFired: Agent._ready_again,
         BlocCard: Agent._pin_card,
         Open: Agent._open,
@@ -292,11 +340,18 @@ TRANSITIONS: Final[dict[Phase, dict[type, Handler]]] = {
     },
     Phase.LOADING: {
         **_ROUND,
+        effects.Conditions: Agent._interrupt,
         effects.Fetched: Agent._train,
         effects.FetchFailed: Agent._load_failed,
         effects.TimerFired: Agent._load_again,
     },
-    Phase.TRAINING: {**_ROUND, effects.Trained: Agent._consume, effects.WorkFailed: Agent._failed},
+    Phase.TRAINING: {
+        **_ROUND,
+        effects.Conditions: Agent._interrupt,
+        effects.Trained: Agent._consume,
+        effects.WorkFailed: Agent._failed,
+    },
+    Phase.INTERRUPTED: {**_ROUND, effects.Conditions: Agent._go_on},
     Phase.SEALING: {**_ROUND, effects.Sealed: Agent._sealed, effects.WorkFailed: Agent._failed},
     Phase.SENDING: {**_ROUND, effects.TimerFired: Agent._receipt_late, Receipt: Agent._receipt},
     Phase.AWAITING: {**_ROUND, effects.TimerFired: Agent._result_late},

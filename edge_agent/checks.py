@@ -6,11 +6,11 @@ not signed (law 4). The hub cannot waive any of them.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Final
 
 import msgspec
 
+from edge_agent import believed
 from edge_agent.effects import AgentState
 from edge_agent.policy import Policy
 from fedge import limits
@@ -23,8 +23,6 @@ from fedge.messages import (
     Open,
     Ready,
     Result,
-    decode,
-    decode_envelope,
     kind_in,
 )
 
@@ -37,7 +35,7 @@ def command_kind(body: bytes) -> type[Message]:
 
 
 def announcement(opened: Opened[Announcement], current: Announcement | None, policy: Policy) -> None:
-    """A newer announcement may move the adapter on and close the campaign, and change nothing else."""
+    """A newer announcement may move adapter, address and check-in time, close the campaign, and change nothing else."""
     new = opened.message
     if opened.subject != new.hub:
         raise ProtocolError("wrong-hub", "announcement in another hub's name", field="hub", value=new.hub)
@@ -47,7 +45,14 @@ def announcement(opened: Opened[Announcement], current: Announcement | None, pol
         )
     if current is None or (current.closed and new.campaign != current.campaign):
         return
-    moving = {"sequence": 0, "closed": False, "adapter": current.adapter, "adapter_version": 0, "url": ""}
+    moving = {
+        "sequence": 0,
+        "closed": False,
+        "adapter": current.adapter,
+        "adapter_version": 0,
+        "url": "",
+        "checkin_seconds": 60,
+    }
     same = msgspec.structs.replace(new, **moving) == msgspec.structs.replace(current, **moving)
     forward = new.adapter_version >= current.adapter_version and new.closed >= current.closed
     if not same or not forward or new.adapter.size != current.adapter.size:
@@ -83,18 +88,16 @@ def _check_floor(devices: int, policy: Policy) -> None:
         raise ProtocolError("small-bloc", f"bloc below the floor of {floor}", field="members", value=devices)
 
 
-def round_opening(
-    opening: Open, device: str, state: AgentState, campaign: Announcement, policy: Policy
-) -> None:
-    """The OPEN is of this campaign, this model and the pinned bloc, is new, and idles nobody."""
+def round_opening(opening: Open, state: AgentState, campaign: Announcement, policy: Policy) -> BlocCard:
+    """The OPEN is of this campaign, this model and the pinned bloc (returned), is new, and idles nobody."""
     if opening.campaign != campaign.campaign:
         raise ProtocolError(
             "other-campaign", "OPEN of another campaign", field="campaign", value=opening.campaign
         )
     if not state.card:
         raise ProtocolError("no-card", "no bloc is pinned yet", field="bloc", value=opening.bloc)
-    body = decode_envelope(state.card).body
-    if opening.card != hashlib.sha256(body).digest():
+    pinned, digest = believed.card_in(state.card)
+    if opening.card != digest:
         raise ProtocolError("foreign-bloc", "not this device's bloc", field="bloc", value=opening.bloc)
     if opening.round <= state.last_round:
         raise ProtocolError("stale-round", "round numbers must grow", field="round", value=opening.round)
@@ -102,27 +105,42 @@ def round_opening(
         raise ProtocolError(
             "other-model", "not the campaign's model", field="manifest", value=opening.manifest.hex()
         )
-    members = decode(body, BlocCard).members
+    members = pinned.members
     _check_floor(len(members), policy)
     if not len(opening.roster) == len(opening.steps) == len(members):
         raise ProtocolError(
             "foreign-roster", "roster is not the bloc", field="roster", value=len(opening.roster)
         )
-    _check_plan(opening.steps, policy)
+    _check_plan(opening.steps, opening.depths, policy)
+    return pinned
 
 
-def _check_plan(steps: tuple[int, ...], policy: Policy) -> None:
-    """No member may be planned more than 2/k of the work: a hub must not let seven idle and open the eighth."""
+def _check_plan(steps: tuple[int, ...], depths: tuple[int, ...], policy: Policy) -> None:
+    """No member may be planned more than 2/k of the work: a hub must not let seven idle and open the eighth.
+
+    Work is counted in steps, and in steps times adapted layers. How many layers "all" is, an OPEN does not say: where
+    some members adapt all and others not, those with all must bear the rule alone.
+    """
     share = min(policy.plan_share_max, limits.PLAN_SHARE_MAX)
     if min(steps) < 1 or max(steps) > limits.STEPS_MAX or max(steps) * len(steps) > share * sum(steps):
         raise ProtocolError("idle-plan", "one member would do most of the work", field="steps", value=steps)
+    if not depths:
+        return
+    if len(depths) != len(steps) or min(depths) < 0:
+        raise ProtocolError("idle-plan", "plan does not fit the bloc", field="depths", value=depths)
+    layers = depths if min(depths) > 0 else tuple(int(depth == 0) for depth in depths)
+    work = [count * depth for count, depth in zip(steps, layers, strict=True)]
+    if max(work) * len(work) > share * sum(work):
+        raise ProtocolError("idle-plan", "one member would do most of the work", field="depths", value=depths)
 
 
-def roster(opening: Open, state: AgentState, verifier: Verifier, now: float) -> None:
-    """Every member of the pinned bloc, in order, each with its own signed READY; ours exactly as we said it."""
-    members = decode(decode_envelope(state.card).body, BlocCard).members
+def roster(opening: Open, pinned: BlocCard, own: Ready, verifier: Verifier, now: float) -> None:
+    """Every member of the pinned bloc, in order, each with its own signed READY; at our place our current prekey.
+
+    Any READY of ours will do that has this prekey: facts and stay may have been said anew since the hub chose.
+    """
     prekeys: set[bytes] = set()
-    for member, envelope in zip(members, opening.roster, strict=True):
+    for member, envelope in zip(pinned.members, opening.roster, strict=True):
         opened = verifier.open(envelope, Ready, role="device", now=now)
         ready = opened.message
         if not opened.subject == ready.device == member:
@@ -133,16 +151,16 @@ def roster(opening: Open, state: AgentState, verifier: Verifier, now: float) -> 
             raise ProtocolError("other-campaign", "READY of another campaign", field="device", value=member)
         if ready.facts.samples_bucket == 0:
             raise ProtocolError("empty-member", "a member has no data", field="device", value=member)
+        if member == own.device and ready.prekey != own.prekey:
+            raise ProtocolError(
+                "swapped-prekey", "the roster does not have our prekey at our place", field="roster"
+            )
         prekeys.add(ready.prekey)
-    if len(prekeys) != len(members):
+    if len(prekeys) != len(pinned.members):
         raise ProtocolError("cloned-member", "two members share a prekey", field="roster", value=len(prekeys))
-    if state.ready not in opening.roster:
-        raise ProtocolError(
-            "swapped-prekey", "the roster does not have our READY as we signed it", field="roster"
-        )
 
 
 def mask_roster(opening: Open) -> tuple[tuple[bytes, bool], ...]:
     """(prekey, has AES instructions) of every member by position; the envelopes were verified by `roster`."""
-    readys = (decode(decode_envelope(envelope).body, Ready) for envelope in opening.roster)
+    readys = map(believed.ready_in, opening.roster)
     return tuple((ready.prekey, ready.facts.aes) for ready in readys)

@@ -15,7 +15,8 @@ from typing import Final
 
 import msgspec
 
-from edge_agent import checks, effects
+from edge_agent import believed, checks, effects
+from edge_agent.conditions import STAY_SECONDS_MAX
 from edge_agent.effects import AgentState, Effect
 from edge_agent.policy import Policy
 from fedge import topics
@@ -31,9 +32,8 @@ from fedge.messages import (
     Report,
     Result,
     Training,
-    decode,
-    decode_envelope,
 )
+from fedge.secagg.masks import AGREEMENT, Agreement
 
 RECEIPT_SECONDS: Final = 6.0  # about three round trips of a poor link; then what is missing goes again
 RESULT_SECONDS: Final = 30.0  # asks again for the outcome of an accepted report
@@ -49,6 +49,9 @@ class Phase(Enum):
     OFFERED = "offered"
     LOADING = "loading"
     TRAINING = "training"
+    INTERRUPTED = (
+        "interrupted"  # the owner's policy or the board stopped the work; it goes on inside the window
+    )
     SEALING = "sealing"
     SENDING = "sending"
     AWAITING = "awaiting"
@@ -64,6 +67,24 @@ def data_seed(training: Training, device: str, number: int) -> int:
 class RoundWorker(ABC):
     """What an agent knows, and all that it does between an OPEN and its RESULT."""
 
+    __slots__ = (
+        "agreement",
+        "allowed",
+        "device",
+        "entropy",
+        "epoch",
+        "facts",
+        "later",
+        "outgoing",
+        "phase",
+        "policy",
+        "signer",
+        "silences",
+        "state",
+        "stay_seconds",
+        "verifier",
+    )
+
     def __init__(
         self,
         device: str,
@@ -73,9 +94,12 @@ class RoundWorker(ABC):
         facts: Facts,
         state: AgentState,
         entropy: Callable[[int], bytes],
+        agreement: Agreement = AGREEMENT,
     ) -> None:
         self.device, self.signer, self.verifier = device, signer, verifier
         self.policy, self.facts, self.state, self.entropy = policy, facts, state, entropy
+        self.agreement = agreement
+        self.allowed, self.stay_seconds = True, STAY_SECONDS_MAX  # until Conditions say otherwise
         self.phase = Phase.IDLE
         self.epoch = -1
         self.silences = 0
@@ -90,17 +114,17 @@ class RoundWorker(ABC):
     @property
     def announcement(self) -> Announcement:
         """The campaign as last announced."""
-        return decode(decode_envelope(self.state.announcement).body, Announcement)
+        return believed.campaign_in(self.state.announcement)
 
     @property
     def open_message(self) -> Open:
         """The OPEN of the running round."""
-        return decode(decode_envelope(self.state.opened).body, Open)
+        return believed.open_in(self.state.opened)[0]
 
     @property
     def transcript(self) -> bytes:
         """The running round's transcript hash, or empty."""
-        return hashlib.sha256(decode_envelope(self.state.opened).body).digest() if self.state.opened else b""
+        return believed.open_in(self.state.opened)[1] if self.state.opened else b""
 
     def _save(self, **changes: object) -> effects.Save:
         self.state = msgspec.structs.replace(self.state, **changes)
@@ -112,6 +136,10 @@ class RoundWorker(ABC):
 
     # ------------------------------------------------------------ training and sealing
     def _load(self) -> Iterator[Effect]:
+        """The only way to work: its beginning, again after a cut, and again after an interruption."""
+        if not self.allowed:
+            self.phase = Phase.INTERRUPTED
+            return
         self.phase = Phase.LOADING
         yield effects.FetchBlob(self.announcement.url, self.open_message.adapter)
 
@@ -120,19 +148,45 @@ class RoundWorker(ABC):
         if event.sha256 != opening.adapter.sha256:
             return
         self.phase = Phase.TRAINING
+        place = self._place
         yield effects.Train(
             transcript=self.transcript,
             manifest=opening.manifest,
             publisher=campaign.publisher,
             adapter=opening.adapter.sha256,
             training=campaign.training,
-            steps=opening.steps[self._position(opening)],
+            steps=opening.steps[place],
             data_seed=data_seed(campaign.training, self.device, opening.round),
+            depth=opening.depths[place] if opening.depths else 0,
         )
 
-    def _position(self, opening: Open) -> int:
-        """Our place in the roster, which holds our READY as we said it: `checks.roster` saw to that."""
-        return opening.roster.index(self.state.ready)
+    @property
+    def _place(self) -> int:
+        """Our place in the bloc, and so in every roster of it."""
+        return believed.card_in(self.state.card)[0].members.index(self.device)
+
+    def _interrupt(self, now: float, event: effects.Conditions) -> Iterator[Effect]:
+        """Work that is no longer allowed stops. Nothing is declined: there may be time enough in the window.
+
+        Sealing is never stopped. It is short, and a transcript whose masks may exist is not sealed a second time.
+        """
+        yield from self._note(now, event)
+        if not self.allowed:
+            self.phase = Phase.INTERRUPTED
+            yield effects.StopWork(self.transcript)
+            yield effects.CancelTimer("fetch")
+
+    def _go_on(self, now: float, event: effects.Conditions) -> Iterator[Effect]:
+        yield from self._note(now, event)
+        if self.allowed:
+            yield from self._load()
+
+    def _note(self, now: float, event: effects.Conditions) -> Iterator[Effect]:
+        """Conditions as they are from now on; the owner hears when work is no longer allowed, and why."""
+        before, self.allowed, self.facts = self.allowed, event.allowed, event.facts
+        self.stay_seconds = event.stay_seconds if event.allowed else 0
+        if before and not event.allowed:
+            yield effects.Tell(f"not working now: {event.reason}")
 
     def _consume(self, now: float, event: effects.Trained) -> Iterator[Effect]:
         if event.transcript != self.transcript:
@@ -144,7 +198,7 @@ class RoundWorker(ABC):
         yield effects.Seal(
             transcript=event.transcript,
             codec=opening.codec,
-            position=self._position(opening),
+            position=self._place,
             roster=checks.mask_roster(opening),
             prekey=self.state.prekey,
             entropy=self.entropy(32),

@@ -75,6 +75,15 @@ class Scene:
     def hub_state(self, epoch: int, up: bool = True) -> list[effects.Effect]:
         return self.when(effects.Received(topics.HUB_STATE, encode(HubState(hub="hub", up=up, epoch=epoch))))
 
+    def conditions(
+        self, *, allowed: bool = True, stay: int = 86_400, **facts: object
+    ) -> list[effects.Effect]:
+        """The board was looked at: what has changed is given, all else is well."""
+        known = Facts(**{"samples_bucket": 9, **facts})
+        return self.when(
+            effects.Conditions(allowed, stay if allowed else 0, known, "" if allowed else "on battery")
+        )
+
     # ---------------------------------------------------------------- what the hub writes
     def announcement(self, name: str = "c1", **changes: object) -> Announcement:
         self.sequence += 1
@@ -163,6 +172,8 @@ class Scene:
         if goal is Phase.CLOSED:
             yield lambda: self.hears(self.announcement(closed=True))
         yield lambda: self.hears(self.opening())
+        if goal is Phase.INTERRUPTED:
+            yield lambda: self.conditions(allowed=False)
         yield lambda: self.when(effects.Fetched(campaign(5).adapter.sha256))
         yield lambda: self.when(effects.Trained(self.agent.transcript, 9.0, 3, 3, 5, 1.0))
         yield lambda: self.when(effects.Sealed(self.agent.transcript, b"\3" * 32, 150_000))

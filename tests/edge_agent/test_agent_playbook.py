@@ -15,6 +15,7 @@ from fedge.messages import (
     BlobRef,
     BlocCard,
     Decline,
+    Facts,
     HubState,
     Open,
     Ready,
@@ -36,6 +37,7 @@ EVENTS = {
     effects.Sealed: effects.Sealed(bytes(32), bytes(32), 9),
     effects.WorkFailed: effects.WorkFailed(bytes(32), "no data"),
     effects.TimerFired: effects.TimerFired("ready"),
+    effects.Conditions: effects.Conditions(True, 60, Facts(samples_bucket=9)),
 }
 MESSAGES: tuple[type, ...] = (HubState, Announcement, BlocCard, Open, Receipt, Result)
 
@@ -265,6 +267,7 @@ def test_a_refused_report_waits_for_the_end_of_the_round() -> None:
         (Phase.OFFERED, ["Publish ready", "SetTimer ready"]),
         (Phase.LOADING, ["FetchBlob"]),
         (Phase.TRAINING, ["FetchBlob"]),
+        (Phase.INTERRUPTED, ["FetchBlob"]),
         (Phase.SEALING, ["Save", "Publish decline", "SetTimer result"]),
         (Phase.SENDING, ["Publish report", "SetTimer receipt"]),
         (Phase.AWAITING, ["Publish report", "SetTimer result"]),
@@ -275,7 +278,7 @@ def test_the_phase_after_a_cut_follows_from_the_saved_state(phase: Phase, first:
     scene = at(phase)
     scene.new_process()
     assert names(scene.when(effects.Started())) == ["Save", *first]
-    back = {Phase.TRAINING: Phase.LOADING, Phase.SEALING: Phase.AWAITING}
+    back = {Phase.TRAINING: Phase.LOADING, Phase.INTERRUPTED: Phase.LOADING, Phase.SEALING: Phase.AWAITING}
     assert scene.agent.phase is back.get(phase, phase)
 
 

@@ -1,0 +1,154 @@
+"""The agent as a screenplay, continued: its board, its owner's policy, and the pace that a hub asks for."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from playbook import campaign
+from scene import CANCELLED, Scene, at, names
+
+from edge_agent import effects
+from edge_agent.round import Phase
+from fedge.messages import Facts, Ready, decode, decode_envelope
+
+
+# ---------------------------------------------------------------- what the board can do now
+def said(scene: Scene) -> Ready:
+    return decode(decode_envelope(scene.saved.ready).body, Ready)
+
+
+def test_before_any_conditions_a_device_is_allowed_and_stays_a_day() -> None:
+    ready = said(at(Phase.OFFERED))
+    assert (ready.stay_seconds, ready.facts) == (86_400, Facts(samples_bucket=9))
+
+
+def test_changed_facts_or_stay_are_said_anew_with_the_same_prekey() -> None:
+    scene = at(Phase.OFFERED)
+    first = said(scene)
+    assert scene.conditions() == [], "nothing has changed"
+    assert names(scene.conditions(hot=True)) == ["Save", "Publish ready", "SetTimer ready"]
+    second = said(scene)
+    assert second == msgspec.structs.replace(first, counter=2, facts=Facts(samples_bucket=9, hot=True))
+    assert names(scene.conditions(hot=True, stay=600)) == ["Save", "Publish ready", "SetTimer ready"]
+    assert (said(scene).prekey, said(scene).counter, said(scene).stay_seconds) == (first.prekey, 3, 600)
+    assert names(scene.when(effects.TimerFired("ready"))) == ["Publish ready", "SetTimer ready"]
+
+
+def test_present_but_not_now_is_a_stay_of_nothing() -> None:
+    scene = at(Phase.OFFERED)
+    assert names(scene.conditions(allowed=False)) == ["Tell", "Save", "Publish ready", "SetTimer ready"]
+    assert said(scene).stay_seconds == 0
+    assert "on battery" not in str(said(scene)), "the reason never leaves"
+    assert scene.conditions(allowed=False) == []
+    assert names(scene.conditions()) == ["Save", "Publish ready", "SetTimer ready"]
+    assert said(scene).stay_seconds == 86_400
+
+
+def test_conditions_are_in_the_ready_that_follows_a_round() -> None:
+    scene = at(Phase.SENDING)
+    before = scene.saved
+    assert scene.conditions(hot=True, stay=600) == []
+    assert scene.saved == before
+    scene.hears(scene.receipt(accepted=True))
+    scene.hears(scene.result())
+    assert said(scene).facts == Facts(samples_bucket=9, hot=True, seconds_per_step=0.2)
+    assert said(scene).stay_seconds == 600
+
+
+def test_an_open_may_hold_any_ready_of_ours_with_the_current_prekey() -> None:
+    scene = at(Phase.OFFERED)
+    scene.hears(scene.card())
+    early = scene.opening()
+    scene.conditions(hot=True)
+    assert scene.saved.ready not in early.roster
+    assert names(scene.hears(early)) == ["Save", "CancelTimer ready", "FetchBlob"]
+    out = scene.when(effects.Fetched(campaign(5).adapter.sha256))
+    assert out[0].steps == 5
+
+
+def test_an_open_with_a_spent_prekey_of_ours_is_refused() -> None:
+    scene = at(Phase.AWAITING)
+    spent = scene.opening().roster[2]
+    scene.hears(scene.result())
+    new = scene.opening(2)
+    roster = (*new.roster[:2], spent, *new.roster[3:])
+    out = scene.hears(msgspec.structs.replace(new, roster=roster))
+    assert [tell.refusal for tell in out] == ["swapped-prekey"]
+    assert scene.hears(new)[0].state.opened
+
+
+@pytest.mark.parametrize("phase", [Phase.LOADING, Phase.TRAINING])
+def test_work_that_is_no_longer_allowed_stops_and_goes_on_inside_the_window(phase: Phase) -> None:
+    scene = at(phase)
+    transcript, before = scene.agent.transcript, scene.saved
+    out = scene.conditions(allowed=False)
+    assert names(out) == ["Tell", "StopWork", "CancelTimer fetch"]
+    assert out[1] == effects.StopWork(transcript)
+    assert scene.agent.phase is Phase.INTERRUPTED
+    assert scene.conditions(allowed=False, hot=True) == []
+    assert scene.saved == before, "no decline, nothing is spent"
+    assert [e.refusal for e in scene.when(effects.Trained(transcript, 9.0, 3, 3, 5, 1.0))] == ["stale-work"]
+    assert names(scene.conditions()) == ["FetchBlob"]
+    out = scene.when(effects.Fetched(campaign(5).adapter.sha256))
+    assert (out[0].transcript, out[0].steps) == (transcript, 5)
+
+
+def test_sealing_is_never_interrupted_because_masks_may_exist() -> None:
+    scene = at(Phase.SEALING)
+    assert names(scene.conditions(allowed=False)) == ["Tell"]
+    assert scene.agent.phase is Phase.SEALING
+    assert names(scene.when(effects.Sealed(scene.agent.transcript, b"\3" * 32, 150_000)))[0] == "Save"
+
+
+def test_a_round_that_ends_while_interrupted() -> None:
+    scene = at(Phase.INTERRUPTED)
+    out = names(scene.hears(scene.result(opened=False, reason="window-over")))
+    assert out == [*CANCELLED, "KeepCarry", "Save", "Save", "Publish ready", "SetTimer ready"]
+    assert said(scene).stay_seconds == 0
+
+
+def test_an_open_that_comes_when_work_is_not_allowed_waits_for_better_times() -> None:
+    scene = at(Phase.OFFERED)
+    scene.hears(scene.card())
+    scene.conditions(allowed=False)
+    assert names(scene.hears(scene.opening())) == ["Save", "CancelTimer ready"]
+    assert scene.agent.phase is Phase.INTERRUPTED
+    assert names(scene.conditions()) == ["FetchBlob"]
+
+
+def test_a_bundle_is_not_fetched_while_nothing_is_allowed() -> None:
+    scene = Scene()
+    scene.when(effects.Started())
+    assert names(scene.conditions(allowed=False)) == ["Tell"]
+    assert names(scene.hears(scene.announcement())) == [*CANCELLED, "Save"]
+    assert scene.agent.phase is Phase.FETCHING
+    assert scene.when(effects.TimerFired("fetch")) == []
+    assert names(scene.conditions()) == ["FetchBundle"]
+    assert scene.conditions(hot=True) == [], "once"
+
+
+# ---------------------------------------------------------------- the pace of the hub
+def waits(out: list[effects.Effect]) -> list[float]:
+    return [effect.seconds for effect in out if isinstance(effect, effects.SetTimer)]
+
+
+def test_a_waiting_device_checks_in_at_the_campaigns_pace() -> None:
+    scene = at(Phase.OFFERED)
+    scene.hears(scene.announcement(checkin_seconds=960))
+    found = [waits(scene.when(effects.TimerFired("ready")))[0] for _ in range(200)]
+    assert 720 <= min(found) < 780
+    assert 1_140 < max(found) <= 1_200
+
+
+def test_a_large_fleet_does_not_greet_a_new_hub_in_one_second() -> None:
+    scene = at(Phase.OFFERED)
+    scene.hears(scene.announcement(checkin_seconds=960))
+    found = []
+    for epoch in range(1, 200):
+        out = scene.hub_state(epoch)
+        assert names(out) == ["SetTimer ready"]
+        found += waits(out)
+    assert 0 <= min(found) < 60
+    assert 840 < max(found) <= 900
+    small = at(Phase.OFFERED)
+    assert names(small.hub_state(1)) == ["Publish ready", "SetTimer ready"]
