@@ -3,6 +3,9 @@
 Every device has its own folder, keys, certificate and data, joins with its own token over HTTPS, and talks to the hub
 over mTLS, exactly as `fedge hub up` and `fedge agent run` do. What one machine has once is shared on purpose: the
 bundle's files (content-addressed, verified by each), and as many training slots as there are cores.
+
+With a `line`, each device reaches the broker through a line of its own (`firmware_sim.shaper`). Downloads over HTTPS
+take the straight way: their address is in the signed announcement, the same for all.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from edge_agent.enrol import enroll
 from edge_agent.home import Home
 from edge_agent.stats import Figures
 from fedge.errors import UnavailableError
+from fedge.io import durable
+from firmware_sim.cgroups import Cgroups
 from firmware_sim.processes import Supervisor
+from firmware_sim.shaper import Line, Shaper
 from hub import commands
 from hub.campaigns import Wish
 from hub.effects import BlocRow, CampaignRow, LedgerEntry
@@ -36,16 +42,30 @@ LINGER_SECONDS: Final = 120.0  # a worker waits this long for its next round; ot
 
 
 class LocalFleet:
-    """The hub and devices below `folder`; `data` maps each device's name to its private file."""
+    """The hub and devices below `folder`; `data` maps each device's name to its private file.
+
+    `line` is how every device's line to the broker begins, None = no lines; `cgroups` bounds every agent.
+    """
 
     def __init__(
-        self, folder: Path, data: Mapping[str, Path], *, broker: str = "auto", slots: int = 0
+        self,
+        folder: Path,
+        data: Mapping[str, Path],
+        *,
+        broker: str = "auto",
+        slots: int = 0,
+        line: Line | None = None,
+        cgroups: Cgroups | None = None,
+        seed: int = 0,
     ) -> None:
         self.folder, self.data, self.broker = folder, dict(data), broker
+        self.line, self.cgroups = line, cgroups
+        self.shaper = Shaper(seed) if line is not None else None
         self.slots = slots or len(os.sched_getaffinity(0))
         self.hub_home = folder / HUB
         self.supervisor = Supervisor(folder / "logs")
         self._seen = 0
+        self._broker_port = 0
 
     def home(self, device: str) -> Home:
         """Where a device keeps what is its own."""
@@ -68,7 +88,9 @@ class LocalFleet:
                     f"the hub did not come up: {child.tail()}", field="log", value=str(child.log)
                 )
             time.sleep(0.05)
-        return msgspec.json.decode(ready.read_bytes(), type=ReadyInfo)
+        info = msgspec.json.decode(ready.read_bytes(), type=ReadyInfo)
+        self._broker_port = info.mqtt_port
+        return info
 
     def start_campaign(self, bundle: Path, wish: Wish) -> None:
         """Starts the campaign, unless it was started before."""
@@ -87,9 +109,23 @@ class LocalFleet:
             progress(1)
 
     def start_agents(self) -> None:
-        """Starts one agent process for each device."""
+        """Starts one agent process for each device, at the end of its line where there are lines."""
+        if self.shaper is not None:
+            self.shaper.start()
         for device, data in self.data.items():
-            self.supervisor.add(device, self._agent_command(device, data))
+            self._show_broker(device)
+            born = self.cgroups.bound(device) if self.cgroups is not None else None
+            self.supervisor.add(device, self._agent_command(device, data), born)
+
+    def _show_broker(self, device: str) -> None:
+        """Writes into the device's identity where it finds the broker: itself, or its own line's near end."""
+        home, port = self.home(device), self._broker_port
+        if self.shaper is not None and self.line is not None:
+            port = self.shaper.lay(device, "127.0.0.1", port, self.line)
+        identity = home.who()
+        if identity.broker_port != port:
+            moved = msgspec.structs.replace(identity, broker_port=port)
+            durable.write_bytes(home.identity, msgspec.json.encode(moved), secret=True)
 
     def _agent_command(self, device: str, data: Path) -> list[str]:
         shared = ["--blobs", str(self.folder / "blobs"), "--slots", str(self.folder / "slots")]
@@ -134,6 +170,10 @@ class LocalFleet:
             store.close()
 
     def stop(self) -> None:
-        """Stops agents first, then the hub."""
+        """Stops agents first, then their lines, then the hub."""
         self.supervisor.stop([name for name in self.supervisor.children if name != HUB])
+        if self.shaper is not None:
+            self.shaper.stop()
         self.supervisor.stop()
+        if self.cgroups is not None:
+            self.cgroups.remove()
