@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedge.errors import ConfigError
+from firmware_sim.parts.draw import DeviceParts
 from firmware_sim.world.streams import Stream
 from firmware_sim.world.task import Learned, Task, Vector
 
@@ -49,6 +50,17 @@ def make_task(
     if name not in tasks:
         raise ConfigError("no such task", field="task", value=name, hint=f"One of {', '.join(tasks)}.")
     return tasks[name](devices, seed, slow=slow, samples=samples)
+
+
+def fleet_task(name: Literal["bowl", "mlp"], fleet: Sequence[DeviceParts], seed: int) -> Task:
+    """The task `name` for a drawn fleet: its boards say who is slow, its draws how many samples each device has."""
+    return make_task(
+        name,
+        len(fleet),
+        seed,
+        slow=lambda number: fleet[number].board.name in SLOW_BOARDS,
+        samples=lambda number: fleet[number].samples,
+    )
 
 
 def drawn_samples(seed: int, number: int, law: tuple[float, float] = SAMPLES) -> int:
