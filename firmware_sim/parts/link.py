@@ -52,6 +52,7 @@ class Series:
 
     ends: NDArray[np.float64]
     megabits: NDArray[np.float64]
+    name: str = ""
 
     def seconds(self, at: float, megabits: float) -> float:
         """How long `megabits` take from `at` on."""
@@ -64,6 +65,21 @@ class Series:
     @property
     def mean_kbit(self) -> float:
         return 1_000.0 * float(self.megabits[-1] / self.ends[-1])
+
+
+def series_of(t: NDArray[np.float64], mbps: NDArray[np.float64], name: str = "") -> Series:
+    """The rate `mbps[i]` from `t[i]` to `t[i + 1]`, ascending; the last one lasts as long as the middle one of all."""
+    last = float(np.median(np.diff(t))) if len(t) > 1 else 1.0
+    lengths = np.diff(t, append=t[-1] + last)
+    zero = np.zeros(1)
+    return Series(
+        np.concatenate((zero, np.cumsum(lengths))), np.concatenate((zero, np.cumsum(lengths * mbps))), name
+    )
+
+
+def constant(kbit: float) -> Series:
+    """A rate that never changes."""
+    return series_of(np.zeros(1), np.full(1, kbit / 1_000.0), "constant")
 
 
 class Link:

@@ -8,8 +8,9 @@ falls into is again log-normal, its mean of the logarithm higher by sigma square
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from fedge.errors import ConfigError
@@ -23,9 +24,14 @@ STAY_SPREAD: Final = 0.5  # sigma of the logarithm of a device's error about how
 FLIP_SECONDS_MIN: Final = 10.0  # of one state
 _JITTER_HOURS: Final = 0.5  # by which the edge of a night or a day moves, either way
 
-Sessions = tuple[
-    float, Sequence[tuple[float, float]]
-]  # period and the intervals in it that are on, in seconds
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sessions:
+    """Recorded intervals that are on, in seconds, ordered and apart; repeated after `period`. 16 bytes for each."""
+
+    period: float
+    starts: array[float]
+    ends: array[float]
 
 
 class Presence(Protocol):
@@ -172,12 +178,12 @@ class Windowed(_Drawn):
 class Replayed(_Drawn):
     """Sessions of a trace, repeated for ever, begun on a day of the device's own."""
 
-    __slots__ = ("_offset", "_period", "_sessions")
+    __slots__ = ("_offset", "_sessions")
 
     def __init__(self, plan: scenario.Presence, stream: Stream, sessions: Sessions, time_zone: float) -> None:
         super().__init__(plan, stream)
-        self._period, self._sessions = sessions
-        days = max(1, int(self._period // DAY))
+        self._sessions = sessions
+        days = max(1, int(sessions.period // DAY))
         self._offset = stream.integer(days) * DAY + time_zone * HOUR
 
     def first(self, now: float) -> bool:
@@ -186,19 +192,18 @@ class Replayed(_Drawn):
 
     def next(self, now: float, on: bool) -> float:
         at, index = self._place(now)
-        if on:
+        if on and index >= 0:
             return self._lasts(now, self._kept_end(index) - at)
-        following = index + 1
-        laps, following = divmod(following, len(self._sessions))
-        return self._lasts(now, laps * self._period + self._sessions[following][0] - at)
+        laps, following = divmod(index + 1, len(self._sessions.starts))
+        return self._lasts(now, laps * self._sessions.period + self._sessions.starts[following] - at)
 
     def _place(self, now: float) -> tuple[float, int]:
         """Where in the trace, and the index of the session that began last (-1: none yet in this lap)."""
-        at = (now + self._offset) % self._period
-        return at, bisect_right(self._sessions, (at, math.inf)) - 1
+        at = (now + self._offset) % self._sessions.period
+        return at, bisect_right(self._sessions.starts, at) - 1
 
     def _kept_end(self, index: int) -> float:
-        start, end = self._sessions[index]
+        start, end = self._sessions.starts[index], self._sessions.ends[index]
         return start + self.plan.keep * (end - start)
 
 
