@@ -46,37 +46,37 @@ class Invariants:
         self._clock, self._floors = clock, floors or {}
         self._seed, self._replay = seed, replay
         self._trail: deque[tuple[float, str, object]] = deque(maxlen=TRAIL_EVENTS)
-        self._hub = HubRules(
+        self.hub_rules = HubRules(
             self.fail,
-            lambda: self._devices,
+            lambda: self.device_rules,
             sent=sent,
             blob=blob,
             floors=self._floors,
             exact_every=exact_every,
         )
-        self._devices = DeviceRules(self.fail, self._hub.fate)
+        self.device_rules = DeviceRules(self.fail, self.hub_rules.fate)
 
     # ------------------------------------------------------------ what happens
     def device(self, name: str, effect: object) -> None:
         """An effect of a device was carried out."""
         self._trail.append((self._clock()[0], name, effect))
-        self._devices.carried_out(name, effect)
+        self.device_rules.carried_out(name, effect)
 
     def hub(self, effect: object) -> None:
         """An effect of the hub was carried out; a Save is durable."""
         self._trail.append((self._clock()[0], HUB, effect))
-        self._hub.carried_out(effect)
+        self.hub_rules.carried_out(effect)
 
     # ------------------------------------------------------------ from time to time
     def leases_end(self, unix: float) -> None:
         """No round is open long after its window. Call it while the hub is up."""
-        row = self._hub.overdue(unix)
+        row = self.hub_rules.overdue(unix)
         if row is not None:
             self.fail("lease", f"round {row.round} of {row.bloc} is open long after its window")
 
     def leverage_holds(self) -> None:
         """The audit itself over every sum ever opened, for fleets small enough."""
-        for known in self._hub.campaigns.values():
+        for known in self.hub_rules.campaigns.values():
             if len(known.partition) > LEVERAGE_DEVICES_MAX:
                 continue
             opened = [bloc.members for bloc in known.blocs.values() if bloc.opened]
@@ -89,7 +89,7 @@ class Invariants:
     @property
     def looked(self) -> Counter[str]:
         """How often there was something to judge: opened and sat-out rounds, exact sums, folds, accepted reports."""
-        return self._hub.looked
+        return self.hub_rules.looked
 
     @property
     def trail(self) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ class Invariants:
 
     def working(self, name: str) -> bool:
         """Whether a device is durably in a round."""
-        return bool(self._devices.memory(name).transcript)
+        return bool(self.device_rules.memory(name).transcript)
 
     def fail(self, invariant: str, text: str) -> NoReturn:
         """Raises InvariantBroken with everything that is needed to see it again."""
