@@ -222,6 +222,7 @@ class Agent(RoundWorker):
         checks.card(
             opened.message, self.device, self.announcement.campaign, bool(self.state.card), self.policy
         )
+        checks.formed(opened.message, self.signer, self.announcement, self.verifier, now)
         yield self._save(card=envelope)
 
     # ------------------------------------------------------------ ready and open

@@ -13,9 +13,9 @@ import msgspec
 from edge_agent import believed
 from edge_agent.effects import AgentState
 from edge_agent.policy import Policy
-from fedge import limits
+from fedge import formation, limits
 from fedge.errors import PolicyError, ProtocolError
-from fedge.identity import Opened, Verifier
+from fedge.identity import Opened, Signer, Verifier
 from fedge.messages import (
     Announcement,
     BlocCard,
@@ -23,6 +23,7 @@ from fedge.messages import (
     Open,
     Ready,
     Result,
+    decode_envelope,
     kind_in,
 )
 
@@ -80,6 +81,36 @@ def card(new: BlocCard, device: str, campaign: str, pinned: bool, policy: Policy
             "cloned-member", "a member stands twice in the bloc", field="members", value=new.members
         )
     _check_floor(len(new.members), policy)
+
+
+def formed(new: BlocCard, signer: Signer, campaign: Announcement, verifier: Verifier, now: float) -> None:
+    """The bloc follows from what its members said and from the beacon that was announced before (fedge.formation).
+
+    A card without its members' READYs proves nothing and is refused, and so is one whose READY at our place another
+    key than ours has signed.
+    """
+    if len(new.roster) != len(new.members):
+        raise ProtocolError(
+            "bad-formation", "a READY of every member must be there", field="roster", value=len(new.roster)
+        )
+    readys = []
+    for member, envelope in zip(new.members, new.roster, strict=True):
+        opened = _formed_with(envelope, verifier, now)
+        if not opened.subject == opened.message.device == member or opened.message.campaign != new.campaign:
+            raise ProtocolError("bad-formation", "READY of another member", field="roster", value=member)
+        readys.append((opened.message, opened.digest))
+    if signer.certificate not in (decode_envelope(envelope).certificate for envelope in new.roster):
+        raise ProtocolError("bad-formation", "we did not sign the READY at our place", field="roster")
+    formation.check_card(new, readys, campaign.beacon, campaign.adapter.size)
+
+
+def _formed_with(envelope: bytes, verifier: Verifier, now: float) -> Opened[Ready]:
+    try:
+        return verifier.open(envelope, Ready, role="device", now=now)
+    except ProtocolError as error:
+        raise ProtocolError(
+            "bad-formation", f"a member's READY is not believed: {error}", field="roster"
+        ) from error
 
 
 def _check_floor(devices: int, policy: Policy) -> None:

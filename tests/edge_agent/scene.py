@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 from playbook import NOW, Fleet, campaign, entropy_from, kind_of
@@ -12,7 +12,8 @@ from edge_agent import effects
 from edge_agent.agent import Agent
 from edge_agent.effects import AgentState
 from edge_agent.round import Phase
-from fedge import topics
+from fedge import formation, topics
+from fedge.formation import Candidate
 from fedge.lora import LoraConfig
 from fedge.messages import (
     Announcement,
@@ -25,12 +26,42 @@ from fedge.messages import (
     Receipt,
     Result,
     Training,
+    decode,
+    decode_envelope,
     encode,
 )
 from fedge.update.codec import first_codec
 
 MEMBERS = tuple(f"d{i:02d}" for i in range(5))
 ME = MEMBERS[2]
+
+
+BEACONS = b"\5" * 32
+# What makes the public order that of the names: the longest stay first, then the best history.
+PLACES = {"d00": (86_400, 4), "d01": (86_400, 3), ME: (86_400, 0), "d03": (3_600, 4), "d04": (600, 4)}
+
+
+def stranger(name: str, prekey: str, **changes: object) -> Ready:
+    """A READY in the name of a member, with a prekey that no agent here knows the secret of."""
+    stay, history = PLACES[name]
+    ready = Ready(
+        campaign="c1",
+        device=name,
+        counter=0,
+        prekey=hashlib.sha256(prekey.encode()).digest(),
+        stay_seconds=stay,
+        facts=Facts(samples_bucket=1, history_bucket=history),
+    )
+    return msgspec.structs.replace(ready, **changes)
+
+
+def formed(readys: Iterable[bytes], number: int = 1, beacon: bytes = b"") -> BlocCard:
+    """The one card of a formation over these READYs."""
+    beacon = beacon or formation.beacon_of(BEACONS, number)
+    bodies = [(decode_envelope(envelope).body, envelope) for envelope in readys]
+    candidates = [Candidate(decode(body, Ready), hashlib.sha256(body).digest(), e) for body, e in bodies]
+    blocs = formation.cut(candidates, len(candidates), beacon, campaign(5).adapter.size)
+    return formation.make_cards("c1", blocs, ["bloc-0"], beacon=beacon, formation=number)[0]
 
 
 class Scene:
@@ -42,6 +73,7 @@ class Scene:
         self.saved = AgentState()
         self.sequence = 0
         self.boots = 0
+        self.honest: BlocCard | None = None
         self.new_process()
 
     def new_process(self) -> None:
@@ -101,11 +133,16 @@ class Scene:
             training=Training(),
             adapter=row.adapter,
             adapter_version=0,
+            beacon=formation.beacon_commitment(BEACONS),
         )
         return msgspec.structs.replace(honest, **changes)
 
-    def card(self) -> BlocCard:
-        return BlocCard(campaign="c1", bloc="bloc-0", members=MEMBERS, beacon=bytes(32))
+    def card(self, **changes: object) -> BlocCard:
+        """The bloc that follows from its members' READYs, ours as it is out when the card is first asked for."""
+        if self.honest is None:
+            own = self.saved.ready or self.device.signer.seal(stranger(ME, "c1"))
+            self.honest = formed(own if name == ME else self.ready(name, 0) for name in MEMBERS)
+        return msgspec.structs.replace(self.honest, **changes)
 
     def opening(self, number: int = 1) -> Open:
         row = campaign(5)
@@ -125,15 +162,7 @@ class Scene:
     def ready(self, name: str, counter: int) -> bytes:
         if name == ME:
             return self.saved.ready
-        prekey = hashlib.sha256(f"{name}/{counter}".encode()).digest()
-        ready = Ready(
-            campaign="c1",
-            device=name,
-            counter=counter,
-            prekey=prekey,
-            stay_seconds=9,
-            facts=Facts(samples_bucket=1),
-        )
+        ready = stranger(name, f"{name}/{counter}", counter=counter)
         return self.fleet.devices[name].signer.seal(ready)
 
     def result(self, opened: bool = True, **changes: object) -> Result:
