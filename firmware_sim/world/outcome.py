@@ -124,6 +124,7 @@ class WorldResult(_Part, frozen=True):
     faults: dict[str, int]
     refusals: dict[str, int]  # by name, devices and hub
     violations: list[Violation]
+    invariants: int = 0  # how many were watched
     strip: Strip | None = None
 
 

@@ -126,7 +126,7 @@ def _loss(days: float, seed: int) -> list[Point]:
         hour = days * 24 * step / 60
         loss = 0.55 + 1.75 * 2.718 ** (-hour / 9) + 0.015 * draw.normal()
         figures = {"loss": loss, "accuracy": 1 - loss / 2.5, "rare_accuracy": 0.9 - loss / 3}
-        points.append(Point(hour=hour, energy_kj=190 * hour, version=step * 7, figures=figures))
+        points.append(Point(hour=hour, energy_kj=20.3 * hour, version=step * 7, figures=figures))
     return points
 
 
