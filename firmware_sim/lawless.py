@@ -18,7 +18,6 @@ import numpy as np
 from firmware_sim.parts.draw import DeviceParts
 from firmware_sim.parts.hours import DAY, HOUR
 from firmware_sim.scenario import Scenario
-from firmware_sim.study import jain
 from firmware_sim.world.outcome import Point, Rounds
 from firmware_sim.world.streams import Stream
 from firmware_sim.world.task import Task, Vector
@@ -262,3 +261,9 @@ def _foreseen(parts: DeviceParts, ends: float, seed: int, cuts_a_day: float) -> 
         at += stream.exponential(DAY / cuts_a_day)
         cuts.append(at)
     return _Device(parts, first, flips, cuts)
+
+
+def jain(served: Sequence[int]) -> float:
+    """Jain's index of fairness (1984): 1 when all are served alike, 1/n when one is; 0 when nobody is."""
+    squares = sum(count * count for count in served)
+    return sum(served) ** 2 / (len(served) * squares) if squares else 0.0

@@ -16,18 +16,11 @@ from firmware_sim.baselines import (
     run_baseline,
     weighted_sample,
 )
-from firmware_sim.lawless import Lawless, LawlessRun, Update
+from firmware_sim.figures import Reached, at_the_end, first_below, settled_below
+from firmware_sim.lawless import Lawless, LawlessRun, Update, jain
 from firmware_sim.parts.draw import DeviceParts, draw
 from firmware_sim.scenario import Scenario
-from firmware_sim.study import (
-    CONDITIONS,
-    Reached,
-    at_the_end,
-    first_below,
-    jain,
-    settled_below,
-    study,
-)
+from firmware_sim.study import CONDITIONS, study
 from firmware_sim.tasks import Bowl, fleet_task
 from firmware_sim.world.outcome import Point
 from firmware_sim.world.streams import Stream
@@ -213,7 +206,7 @@ def test_ours_is_dated_at_the_third_of_three_whose_mean_is_below() -> None:
 
 def test_the_end_of_a_run_is_the_mean_of_its_last_three_evaluations() -> None:
     assert at_the_end(points(9.0, 1.0, 2.0, 3.0), "loss") == 2.0
-    assert np.isnan(at_the_end([], "loss"))
+    assert at_the_end([], "loss") == 0.0
 
 
 def test_jain_is_one_for_equals_and_one_over_n_for_a_monopoly() -> None:
