@@ -1,0 +1,197 @@
+"""Identities and key agreement of a simulated fleet: the real ones, or hashes that keep what the laws rest on.
+
+A hashed signature is a keyed BLAKE2b (RFC 7693) of the message: whoever has not the world's secret cannot make one, so
+forgeries fail as they should. A hashed agreement gives both ends of an edge the same key and everybody else another
+one, so masks cancel in the whole sum and in nothing less. What is signed and masked, and every byte around it, is the
+shipped code's. An envelope that hundreds of devices read is checked once: its outcome is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Final, Literal, TypeVar, cast
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedge.identity import FleetCertificate, Opened, Role, Signer, Verifier, sign_certificate
+from fedge.messages import Message, decode_envelope
+from fedge.secagg.keystream import StreamCipher
+from fedge.secagg.masks import AGREEMENT, Agreement
+from firmware_sim.world.clock import START
+from firmware_sim.world.streams import Stream
+
+HUB: Final = -1
+FLEET: Final = "world"
+REAL_DEVICES_MAX: Final = (
+    24  # up to here `auto` means real: an X25519 exchange costs 50 us, a round of eight 28 pairs
+)
+_VALID: Final = (int(START) - 86_400, int(START) + 3_660 * 86_400)
+_REMEMBERED: Final = 8_192  # envelopes in each half of a verifier's memory
+_ROOT: Final = "/root"  # no subject has this name
+
+M = TypeVar("M", bound=Message)
+Kind = Literal["real", "hashed"]
+
+
+def name_of(number: int) -> str:
+    """The device's name on the wire; the hub's for -1."""
+    return "hub" if number == HUB else f"d{number:06d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Identities:
+    """Who is who in one world. `signer(number)` speaks as that device, or as the hub for -1."""
+
+    kind: Kind
+    signer: Callable[[int], Signer]
+    verifier: Callable[[frozenset[int]], Verifier]
+    agreement: Agreement
+
+
+def identities(kind: Kind, seed: int) -> Identities:
+    """The identities of the world of this seed."""
+    return _real(seed) if kind == "real" else _hashed(seed)
+
+
+def serial_of(number: int) -> int:
+    """The serial number of a subject's certificate."""
+    return number + 2
+
+
+def _certificate(number: int, public: bytes) -> FleetCertificate:
+    role: Role = "hub" if number == HUB else "device"
+    return FleetCertificate(FLEET, name_of(number), role, public, serial_of(number), *_VALID)
+
+
+# ---------------------------------------------------------------- real
+def _real(seed: int) -> Identities:
+    root = Ed25519PrivateKey.from_private_bytes(Stream(seed, "fleet root").bytes(32))
+
+    def signer(number: int) -> Signer:
+        key = Ed25519PrivateKey.from_private_bytes(Stream(seed, number, "identity").bytes(32))
+        found = _certificate(number, key.public_key().public_bytes_raw())
+        return Signer(key, sign_certificate(found, root))
+
+    public = root.public_key().public_bytes_raw()
+    return Identities("real", signer, lambda revoked: Verifier(FLEET, public, revoked), AGREEMENT)
+
+
+# ---------------------------------------------------------------- hashed
+def _hashed(seed: int) -> Identities:
+    secret = Stream(seed, "world secret").bytes(32)
+    return Identities(
+        "hashed",
+        lambda number: HashedSigner(secret, number),
+        lambda revoked: HashedVerifier(secret, revoked),
+        HashedAgreement(secret),
+    )
+
+
+def _public_key(secret: bytes, subject: bytes) -> bytes:
+    return blake2b(subject, digest_size=32, key=secret, person=b"public key").digest()
+
+
+def _mac(secret: bytes, public: bytes, data: bytes) -> bytes:
+    return blake2b(public + data, key=secret, person=b"signature").digest()
+
+
+class _HashedKey:
+    """Signs as a private key does; `public` is what a certificate says of it."""
+
+    __slots__ = ("_secret", "public")
+
+    def __init__(self, secret: bytes, subject: str) -> None:
+        self._secret, self.public = secret, _public_key(secret, subject.encode())
+
+    def sign(self, data: bytes) -> bytes:
+        return _mac(self._secret, self.public, data)
+
+
+class HashedSigner(Signer):
+    """Speaks for one subject; all that it keeps is two references, whatever the fleet's size."""
+
+    __slots__ = ("_number", "_secret")
+
+    def __init__(self, secret: bytes, number: int) -> None:
+        object.__setattr__(self, "_secret", secret)
+        object.__setattr__(self, "_number", number)
+
+    @property
+    def certificate(self) -> bytes:  # type: ignore[override]
+        """Made when it is asked for: those of 100,000 devices would take 25 MB."""
+        key = _HashedKey(self._secret, name_of(self._number))
+        root = cast(Ed25519PrivateKey, _HashedKey(self._secret, _ROOT))
+        return sign_certificate(_certificate(self._number, key.public), root)
+
+    def sign(self, data: bytes) -> bytes:
+        """A keyed hash for a signature."""
+        return _HashedKey(self._secret, name_of(self._number)).sign(data)
+
+
+_Known = tuple[Opened[Message], FleetCertificate]
+
+
+class HashedVerifier(Verifier):
+    """Checks hashed signatures. What it found good it knows again by the envelope's bytes, whoever asks."""
+
+    __slots__ = ("_memory", "_secret")
+
+    def __init__(self, secret: bytes, revoked: frozenset[int]) -> None:
+        super().__init__(FLEET, _public_key(secret, _ROOT.encode()), revoked)
+        object.__setattr__(self, "_secret", secret)
+        object.__setattr__(self, "_memory", _Memory())
+
+    def check_signature(self, public_key: bytes, signature: bytes, data: bytes) -> None:
+        """InvalidSignature unless the holder of the world's secret signed `data` for this key."""
+        if _mac(self._secret, public_key, data) != signature:
+            raise InvalidSignature
+
+    def open(self, data: bytes, kind: type[M], *, role: Role, now: float) -> Opened[M]:
+        """As the shipped verifier's; role, revocation and validity are looked at every time."""
+        memory: _Memory = self._memory
+        known = memory.get(data)
+        if known is None or not isinstance(known[0].message, kind):
+            opened = super().open(data, kind, role=role, now=now)
+            who = self.certificate(decode_envelope(data).certificate, role=role, now=now)
+            memory.put(data, (cast(Opened[Message], opened), who))
+            return opened
+        self.require_valid(known[1], role, now)
+        return cast(Opened[M], known[0])
+
+
+class _Memory:
+    """The last few thousand outcomes: two halves, the older of which is forgotten as a whole."""
+
+    __slots__ = ("_new", "_old")
+
+    def __init__(self) -> None:
+        self._new: dict[bytes, _Known] = {}
+        self._old: dict[bytes, _Known] = {}
+
+    def get(self, data: bytes) -> _Known | None:
+        return self._new.get(data) or self._old.get(data)
+
+    def put(self, data: bytes, known: _Known) -> None:
+        if len(self._new) >= _REMEMBERED:
+            self._old, self._new = self._new, {}
+        self._new[data] = known
+
+
+class HashedAgreement(Agreement):
+    """Both ends of an edge hash both public keys with the world's secret; no third device can."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def public(self, secret: bytes) -> bytes:
+        """The prekey of a secret."""
+        return blake2b(secret, digest_size=32, key=self._secret, person=b"prekey").digest()
+
+    def edge_key(self, h: bytes, secret: bytes, other: bytes, cipher: StreamCipher) -> bytes:
+        """The edge's key, the same at both ends, another one under every transcript hash."""
+        low, high = sorted((self.public(secret), other))
+        text = h + low + high + cipher.value
+        return blake2b(text, digest_size=cipher.key_bytes, key=self._secret, person=b"edge").digest()
