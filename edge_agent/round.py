@@ -33,7 +33,7 @@ from fedge.messages import (
     Result,
     Training,
 )
-from fedge.secagg.masks import AGREEMENT, Agreement
+from fedge.secagg.agreement import AGREEMENT, Agreement
 
 RECEIPT_SECONDS: Final = 6.0  # about three round trips of a poor link; then what is missing goes again
 RESULT_SECONDS: Final = 30.0  # asks again for the outcome of an accepted report

@@ -11,19 +11,15 @@ there is nothing that a hub could ask for to open less than the whole.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 import msgspec
 import numpy as np
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedge.errors import ProtocolError
+from fedge.secagg.agreement import AGREEMENT as AGREEMENT
+from fedge.secagg.agreement import Agreement as Agreement
 from fedge.secagg.keystream import BUFFER_BYTES, PIECE_BYTES, Keystream, StreamCipher
 from fedge.secagg.ring import MetadataWords, Words
-
-_EDGE: Final = b"fedge edge v1"
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,29 +39,6 @@ class Edge(msgspec.Struct, frozen=True):
 def edge_cipher(one: Member, other: Member) -> StreamCipher:
     """AES only where both ends have instructions for it; an edge is as slow as its slower end."""
     return StreamCipher.AES_128_CTR if one.aes and other.aes else StreamCipher.CHACHA20
-
-
-class Agreement:
-    """X25519 (RFC 7748), and HKDF-SHA256 (RFC 5869) to an edge's key. A simulation may pass a cheaper one."""
-
-    def public(self, secret: bytes) -> bytes:
-        """The 32-byte prekey of a 32-byte secret."""
-        return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
-
-    def edge_key(self, h: bytes, secret: bytes, other: bytes, cipher: StreamCipher) -> bytes:
-        """e_ij for the 32-byte transcript hash `h`; ProtocolError if `other` is no usable public key."""
-        try:
-            shared = X25519PrivateKey.from_private_bytes(secret).exchange(
-                X25519PublicKey.from_public_bytes(other)
-            )
-        except ValueError as error:  # wrong length, or a point of low order, which would give a known secret
-            raise ProtocolError(
-                "bad-prekey", "prekey cannot be used", field="prekey", value=other.hex()
-            ) from error
-        return HKDF(hashes.SHA256(), cipher.key_bytes, salt=h, info=_EDGE + cipher.value).derive(shared)
-
-
-AGREEMENT: Final = Agreement()
 
 
 def open_edges(
