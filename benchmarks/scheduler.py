@@ -19,7 +19,6 @@ from statistics import median
 from typing import Final
 
 import msgspec
-from firmware_sim.world.world import World
 from report import ROOT, Row, parser, print_report, progress
 
 from firmware_sim import reach
@@ -32,6 +31,7 @@ from firmware_sim.scenario import Scenario
 from firmware_sim.study import CONDITIONS, DEVICES, HOURS, Condition, study
 from firmware_sim.tasks import Mlp, fleet_task
 from firmware_sim.traces import Traces
+from firmware_sim.world.world import World
 from hub import effects
 from hub.effects import LedgerEntry
 
@@ -140,7 +140,6 @@ class Lab:
             devices=self.devices,
             days=scenario.days,
             seed=seed,
-            task=self.task(scenario, seed),
             traces=self.traces,
             faults=Faults(scenario.faults, seed, self.devices, scenario.days) if scenario.faults else None,
         )

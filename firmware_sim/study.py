@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
+import msgspec
+
+from firmware_sim.parts import fitted
 from firmware_sim.scenario import Campaign, Group, LinkKind, Owner, Power, Presence, Scenario
 
 Condition = Literal["phone", "mains", "churn"]
@@ -22,8 +25,14 @@ KEEP: Final = 0.35  # of each session in `churn`
 TIME_ZONES: Final = 24  # each trace has a phase of its own: the fleet has no common night
 MAINS, BATTERY = 0.6, 0.4
 
-# 100 phones of FLASH: on for log-normal times, which fits the share that is on and the time it stays (fits.py).
-SESSIONS: Final = Presence(kind="sessions", on_hours=2.2, off_hours=0.8, spread=1.8, time_zones=TIME_ZONES)
+# Generative presence: sessions and pauses as they were fitted to 100 phones.
+SESSIONS: Final = Presence(
+    kind="sessions",
+    on_hours=fitted.ON_HOURS,
+    off_hours=fitted.OFF_HOURS,
+    spread=fitted.SPREAD,
+    time_zones=TIME_ZONES,
+)
 
 CAMPAIGN: Final = Campaign(
     task="mlp",
@@ -76,11 +85,4 @@ def _presence(condition: Condition, traces: bool) -> Presence:
     keep = KEEP if condition == "churn" else 1.0
     if traces:
         return Presence(kind="trace", time_zones=TIME_ZONES, keep=keep)
-    return Presence(
-        kind="sessions",
-        on_hours=SESSIONS.on_hours,
-        off_hours=SESSIONS.off_hours,
-        spread=SESSIONS.spread,
-        time_zones=TIME_ZONES,
-        keep=keep,
-    )
+    return msgspec.structs.replace(SESSIONS, keep=keep)
