@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, Protocol, overload
 
 from edge_agent.policy import Policy
 from fedge.errors import ConfigError
 from firmware_sim.parts.battery import Battery
 from firmware_sim.parts.board import BoardClass, board
+from firmware_sim.parts.fitted import ENCLOSURES
 from firmware_sim.parts.hours import local_hour
 from firmware_sim.parts.link import Link, Series
 from firmware_sim.parts.owner import policy_of
 from firmware_sim.parts.presence import Presence, Sessions, presence
-from firmware_sim.parts.thermal import ENCLOSURES, Thermal, ambient_celsius
+from firmware_sim.parts.thermal import Thermal, ambient_celsius
 from firmware_sim.scenario import Group, Scenario
 from firmware_sim.world.streams import Stream
 
@@ -138,15 +140,15 @@ def draw(scenario: Scenario, devices: int, seed: int, traces: TraceSource | None
 
 
 def thermal(made: BoardClass, enclosure: str, ambient: float) -> Thermal:
-    """The heat of one board: its watts times the resistance that the enclosure leaves."""
-    resistance = made.kelvin_per_watt * ENCLOSURES[enclosure]
-    return Thermal(
-        tau=made.heat_seconds,
-        rise=resistance * (made.load_watts - made.idle_watts),
-        throttle_celsius=made.throttle_celsius,
-        idle=resistance * made.idle_watts,
-        ambient=ambient,
-    )
+    """The heat of one board in an enclosure, at rest in `ambient`."""
+    idle, rise = _heat(made, enclosure)
+    return Thermal(made.heat_seconds, rise, made.throttle_celsius, idle, ambient)
+
+
+@cache
+def _heat(made: BoardClass, enclosure: str) -> tuple[float, float]:
+    """Kelvin above the air, idle and by full load: the same two objects for all devices of a kind."""
+    return made.idle_kelvin * ENCLOSURES[enclosure], made.load_kelvin * ENCLOSURES[enclosure]
 
 
 @dataclass(frozen=True, slots=True)

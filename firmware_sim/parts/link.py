@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from firmware_sim.parts import fitted
 from firmware_sim.world.streams import Stream
 
 KBIT_MIN: Final = 8.0  # what even the worst moment gives: a transfer ends
@@ -34,11 +35,35 @@ class LinkClass:
 
 
 LINKS: Final[dict[str, LinkClass]] = {
+    # Round figures of home and office lines; drift over time as little as a cable's, loss none.
     "ethernet": LinkClass(100_000.0, 40_000.0, 0.5, 0.1, 600.0, 0.008, 0.2, 0.0),
-    "wifi": LinkClass(30_000.0, 12_000.0, 0.8, 0.4, 300.0, 0.015, 0.5, 0.001),
-    "lte": LinkClass(12_000.0, 5_000.0, 0.8, 0.6, 60.0, 0.035, 0.5, 0.003),
-    "3g": LinkClass(1_150.0, 400.0, 0.6, 0.6, 20.0, 0.080, 0.6, 0.01),
-    "satellite": LinkClass(5_000.0, 1_000.0, 0.4, 0.4, 120.0, 0.300, 0.3, 0.01),
+    # A line as above behind a shared radio, which drifts as video sessions do.
+    "wifi": LinkClass(
+        30_000.0, 12_000.0, 0.8, fitted.VIDEO_WITHIN, fitted.VIDEO_HOLD_SECONDS, 0.015, 0.5, 0.001
+    ),
+    # Capacities of phones; a moving radio drifts like HSDPA.
+    "lte": LinkClass(
+        fitted.PHONE_KBIT,
+        2_300.0,
+        fitted.PHONE_BETWEEN,
+        fitted.HSDPA_WITHIN,
+        fitted.HSDPA_HOLD_SECONDS,
+        0.035,
+        0.5,
+        0.003,
+    ),
+    "3g": LinkClass(
+        fitted.HSDPA_KBIT,
+        380.0,
+        fitted.HSDPA_BETWEEN,
+        fitted.HSDPA_WITHIN,
+        fitted.HSDPA_HOLD_SECONDS,
+        0.080,
+        0.6,
+        0.01,
+    ),
+    # A geostationary dish: 36,000 km twice is 240 ms.
+    "satellite": LinkClass(5_000.0, 1_000.0, 0.4, 0.4, 120.0, 0.300, 0.2, 0.01),
 }
 UP_SHARE: Final = 0.35  # of a measured downlink; mobile networks give uploads about a third
 

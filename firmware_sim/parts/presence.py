@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from fedge.errors import ConfigError
 from firmware_sim import scenario
+from firmware_sim.parts import fitted
 from firmware_sim.parts.hours import DAY, HOUR, inside, local_hour, span, until
 from firmware_sim.world.streams import Stream
 
@@ -81,25 +82,35 @@ class Always(_Drawn):
 
 
 class Renewal(_Drawn):
-    """On and off for log-normal times. `keep` cuts each session short and gives the rest to the pause after it."""
+    """On and off for log-normal times. `keep` cuts each session short and gives the rest to the pause after it.
 
-    __slots__ = ("_cut", "_rest")
+    A part of the spread lies between devices: each has medians of its own, and one that stays long pauses long.
+    """
+
+    __slots__ = ("_cut", "_off_seconds", "_on_seconds", "_rest")
 
     def __init__(self, plan: scenario.Presence, stream: Stream) -> None:
         super().__init__(plan, stream)
         self._cut = self._rest = 0.0
+        tempo, own = stream.normal(), stream.normal()
+        slow = fitted.TEMPO * tempo + math.sqrt(1.0 - fitted.TEMPO**2) * own
+        between = plan.spread * math.sqrt(fitted.BETWEEN)
+        self._on_seconds = plan.on_hours * HOUR * math.exp(between * tempo)
+        self._off_seconds = plan.off_hours * HOUR * math.exp(fitted.PAUSE_SPREAD * between * slow)
 
     def first(self, now: float) -> bool:
-        plan, stream = self.plan, self._stream
-        if not stream.chance(plan.on_hours / (plan.on_hours + plan.off_hours)):
-            self._rest = self._around(plan.off_hours) * stream.uniform()
+        on, off = self._sigma(True), self._sigma(False)
+        mean_on = self._on_seconds * math.exp(on * on / 2.0)
+        mean_off = self._off_seconds * math.exp(off * off / 2.0)
+        if not self._stream.chance(mean_on / (mean_on + mean_off)):
+            self._rest = self._around(False) * self._stream.uniform()
             return False
-        session = self._around(plan.on_hours)
-        kept, at = plan.keep * session, session * stream.uniform()
+        session = self._around(True)
+        kept, at = self.plan.keep * session, session * self._stream.uniform()
         if at < kept:
             self._rest, self._cut = kept - at, session - kept
             return True
-        self._rest = session - at + self._length(plan.off_hours)
+        self._rest = session - at + self._length(False)
         return False
 
     def next(self, now: float, on: bool) -> float:
@@ -107,17 +118,21 @@ class Renewal(_Drawn):
         if rest > 0.0:
             return self._lasts(now, rest)
         if not on:
-            return self._lasts(now, self._cut + self._length(self.plan.off_hours))
-        session = self._length(self.plan.on_hours)
+            return self._lasts(now, self._cut + self._length(False))
+        session = self._length(True)
         self._cut = (1.0 - self.plan.keep) * session
         return self._lasts(now, session - self._cut)
 
-    def _length(self, hours: float) -> float:
-        return self._stream.lognormal(hours * HOUR, self.plan.spread)
+    def _sigma(self, on: bool) -> float:
+        """What is left of the spread at one device; pauses spread less than sessions."""
+        return self.plan.spread * math.sqrt(1.0 - fitted.BETWEEN) * (1.0 if on else fitted.PAUSE_SPREAD)
 
-    def _around(self, hours: float) -> float:
+    def _length(self, on: bool) -> float:
+        return self._stream.lognormal(self._on_seconds if on else self._off_seconds, self._sigma(on))
+
+    def _around(self, on: bool) -> float:
         """Length of the session, or pause, that a moment falls into."""
-        return self._length(hours * math.exp(self.plan.spread**2))
+        return self._length(on) * math.exp(self._sigma(on) ** 2)
 
 
 class Windowed(_Drawn):

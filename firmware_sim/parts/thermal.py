@@ -1,9 +1,10 @@
 """Heat of a board: one resistance, one capacity, and a clock that goes down in steps above the limit.
 
-T' = (ambient + idle + rise * load * speed - T) / tau. `speed` is 1 below the limit and a tenth less for every half
-degree above it (Pi firmware throttles "progressively" between 80 and 85 degrees), so between two steps the solution
-is an exponential. Where a step heats and the next one cools, the board stays at the step, and its mean speed there
-is the one at which heat and cooling balance (Filippov's solution of a switched system).
+T' = (ambient + idle + rise * load * speed^2 - T) / tau: the voltage goes down with the clock. `speed` is 1 below the
+limit and a tenth less for every half degree above it (Pi firmware throttles "progressively" between 80 and 85
+degrees), so between two steps the solution is an exponential. Where one step heats and the next one cools, the board
+stays between them, at each for as much of the time as heat and cooling need to balance (Filippov's solution of a
+switched system); its mean speed follows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 
 STEPS: Final = 9  # down to a tenth of the clock
 STEP_KELVIN: Final = 0.5
-ENCLOSURES: Final = {"open": 1.0, "heatsink": 20 / 35, "fan": 10 / 35}  # share of the bare board's rise
+SPEEDS: Final = tuple(1.0 - 0.1 * step for step in range(STEPS + 1))
 
 
 def ambient_celsius(coldest: float, warmest: float, hour: float) -> float:
@@ -86,33 +87,34 @@ class Thermal:
     def _course(self, ambient: float, load: float) -> Iterator[_Part]:
         """What happens from the last settled moment on while nothing changes; the last part has no end."""
         cold, heat, celsius = ambient + self.idle, self.rise * load, self.celsius
-        band = self._band(cold, heat)
+        goals = [cold + heat * speed * speed for speed in SPEEDS]
+        step = self._step(goals)
         while True:
-            speed = 1.0 - 0.1 * band
-            goal = cold + heat * speed
-            if goal > self._edge(band) and band < STEPS:
-                edge, way = self._edge(band), 1
-            elif goal < self._edge(band - 1) and band > 0:
-                edge, way = self._edge(band - 1), -1
+            goal = goals[step]
+            if goal > self._edge(step) and step < STEPS:
+                edge, way = self._edge(step), 1
+            elif goal < self._edge(step - 1) and step > 0:
+                edge, way = self._edge(step - 1), -1
             else:
-                yield _Part(math.inf, speed, celsius, goal)
+                yield _Part(math.inf, SPEEDS[step], celsius, goal)
                 return
             reach = self.tau * math.log((goal - celsius) / (goal - edge))
-            yield _Part(max(0.0, reach), speed, celsius, goal)
-            celsius, band = edge, band + way
-            if (cold + heat * (1.0 - 0.1 * band) - edge) * way <= 0.0:  # driven back: it stays at the edge
-                yield _Part(math.inf, (edge - cold) / heat if heat else 1.0, edge, edge)
+            yield _Part(max(0.0, reach), SPEEDS[step], celsius, goal)
+            celsius, step = edge, step + way
+            if (goals[step] - edge) * way <= 0.0:  # driven back: it stays at the edge
+                part = (edge - goals[step]) / (goals[step - way] - goals[step])
+                speed = SPEEDS[step] + part * (SPEEDS[step - way] - SPEEDS[step])
+                yield _Part(math.inf, speed, edge, edge)
                 return
 
-    def _band(self, cold: float, heat: float) -> int:
-        """How many steps the clock is down. On an edge: the band into which the temperature moves, else the lower."""
-        steps = (self.celsius - self.throttle_celsius) / STEP_KELVIN
-        below = round(steps)
-        if abs(steps - below) > 1e-9 or not 0 <= below < STEPS:
-            return min(STEPS, max(0, math.ceil(steps)))
-        moves_up = cold + heat * (1.0 - 0.1 * (below + 1)) > self._edge(below)
-        return below + 1 if moves_up else below
+    def _step(self, goals: list[float]) -> int:
+        """How many steps the clock is down. On an edge: the side into which the temperature moves, else the lower."""
+        above = (self.celsius - self.throttle_celsius) / STEP_KELVIN
+        below = round(above)
+        if abs(above - below) > 1e-9 or not 0 <= below < STEPS:
+            return min(STEPS, max(0, math.ceil(above)))
+        return below + 1 if goals[below + 1] > self._edge(below) else below
 
-    def _edge(self, band: int) -> float:
-        """The upper end of a band; band 0 ends at the limit."""
-        return self.throttle_celsius + STEP_KELVIN * band
+    def _edge(self, step: int) -> float:
+        """The highest temperature at which the clock is `step` steps down; without any, the limit."""
+        return self.throttle_celsius + STEP_KELVIN * step
