@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from edge_agent.records import read_records
-from fedge import limits
+from fedge import __version__, limits
 from fedge.messages import Facts
 
 MEMORY_STEP_MB: Final = 256
 _KB_IN_MB: Final = 1_024
-_CGROUPS: Final = Path("/sys/fs/cgroup")
+_ROOT: Final = Path("/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ def measure(data: Path | None) -> Facts:
         memory_mb_step=free_memory_mb() // MEMORY_STEP_MB * MEMORY_STEP_MB,
         samples_bucket=samples_bucket(data) if data else 0,
         aes=has_aes(),
+        version=__version__,
     )
 
 
@@ -65,10 +66,10 @@ def has_aes() -> bool:
     return False
 
 
-def free_memory_mb() -> int:
+def free_memory_mb(root: Path = _ROOT) -> int:
     """Memory that may still be had: what the machine has available, or what our control group has left."""
-    free = _kb_of(Path("/proc/meminfo"), "MemAvailable") // _KB_IN_MB
-    for group in _groups():
+    free = _kb_of(root / "proc/meminfo", "MemAvailable") // _KB_IN_MB
+    for group in _groups(root):
         limit, used = _number(group / "memory.max"), _number(group / "memory.current")
         if limit is not None and used is not None:
             free = min(free, max(limit - used, 0) >> 20)
@@ -78,7 +79,7 @@ def free_memory_mb() -> int:
 def threads_allowed(*bounds: int) -> int:
     """Threads that are worth starting: allowed cores, control-group quota, and `bounds` above 0; at least one."""
     threads = len(os.sched_getaffinity(0))
-    for group in _groups():
+    for group in _groups(_ROOT):
         words = next(_lines(group / "cpu.max"), "").split()
         if len(words) == 2 and words[0].isdecimal():
             threads = min(threads, math.ceil(int(words[0]) / int(words[1])))
@@ -91,11 +92,17 @@ def memory_of(pid: int) -> Memory:
     return Memory(_kb_of(status, "VmRSS"), _kb_of(status, "VmHWM"), _kb_of(status, "RssAnon"))
 
 
-def _groups() -> Iterator[Path]:
+def memory_is_bounded(root: Path = _ROOT) -> bool:
+    """Whether the kernel enforces limits of memory on control groups; those of Raspberry Pis start with it off."""
+    return "memory" in next(_lines(root / "sys/fs/cgroup/cgroup.controllers"), "").split()
+
+
+def _groups(root: Path) -> Iterator[Path]:
     """Our control group and those above it (version 2)."""
-    line = next((line for line in _lines(Path("/proc/self/cgroup")) if line.startswith("0::")), "")
-    group = _CGROUPS / line.removeprefix("0::").strip().lstrip("/")
-    while group.is_relative_to(_CGROUPS):
+    top = root / "sys/fs/cgroup"
+    line = next((line for line in _lines(root / "proc/self/cgroup") if line.startswith("0::")), "")
+    group = top / line.removeprefix("0::").strip().lstrip("/")
+    while group.is_relative_to(top):
         yield group
         group = group.parent
 
@@ -108,7 +115,8 @@ def _number(path: Path) -> int | None:
 def _kb_of(path: Path, name: str) -> int:
     for line in _lines(path):
         if line.startswith(f"{name}:"):
-            return int(line.split()[1])
+            words = line.split()
+            return int(words[1]) if len(words) > 1 and words[1].isdecimal() else 0
     return 0
 
 

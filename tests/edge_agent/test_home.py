@@ -227,7 +227,7 @@ def test_facts_are_coarse(tmp_path: Path) -> None:
 
 def test_threads_follow_the_allowed_cores_and_every_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    monkeypatch.setattr(resources, "_groups", lambda: iter(()))
+    monkeypatch.setattr(resources, "_groups", lambda _: iter(()))
     assert resources.threads_allowed() == 6
     assert resources.threads_allowed(4, 0, 3) == 3
     assert resources.threads_allowed(64) == 6
@@ -235,7 +235,7 @@ def test_threads_follow_the_allowed_cores_and_every_bound(monkeypatch: pytest.Mo
 
 def test_threads_follow_the_quota_of_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    monkeypatch.setattr(resources, "_groups", lambda: iter((tmp_path,)))
+    monkeypatch.setattr(resources, "_groups", lambda _: iter((tmp_path,)))
     for text, threads in (("50000 100000", 1), ("150000 100000", 2), ("max 100000", 6)):
         (tmp_path / "cpu.max").write_text(text + "\n")
         assert resources.threads_allowed() == threads
