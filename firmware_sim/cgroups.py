@@ -37,6 +37,7 @@ class Cgroups:
     def __init__(self, limits: Limits, parent: Path) -> None:
         self.limits, self.parent = limits, parent
         self._made: list[Path] = []
+        self._enabled: list[str] = []
 
     @classmethod
     def here(cls, limits: Limits, mounts: tuple[Path, ...] = _MOUNTS, own: Path = _OWN) -> Cgroups:
@@ -47,8 +48,7 @@ class Cgroups:
             raise _refused(f"{parent} has no controller for {' and '.join(missing)}")
         groups = cls(limits, parent)
         try:
-            _put(groups._make("fedge-sim") / "cgroup.procs", str(os.getpid()))
-            _put(parent / "cgroup.subtree_control", " ".join(f"+{name}" for name in _NEEDED))
+            groups._enter()
         except OSError as error:
             groups.remove()
             raise _refused(f"{error.filename or parent}: {error.strerror}") from error
@@ -67,10 +67,20 @@ class Cgroups:
             raise _refused(f"{error.filename or self.parent}: {error.strerror}") from error
         return lambda pid: _put(group / "cgroup.procs", str(pid))
 
+    def _enter(self) -> None:
+        """Moves this process into a leaf, then lets the parent hand its controllers down."""
+        _put(self._make("fedge-sim") / "cgroup.procs", str(os.getpid()))
+        control = self.parent / "cgroup.subtree_control"
+        missing = [name for name in _NEEDED if name not in control.read_text().split()]
+        if missing:
+            _put(control, " ".join(f"+{name}" for name in missing))
+            self._enabled = missing
+
     def remove(self) -> None:
         """Gives the groups back; this process returns to where it was. Agents must have ended."""
         with suppress(OSError):
-            _put(self.parent / "cgroup.subtree_control", " ".join(f"-{name}" for name in _NEEDED))
+            if self._enabled:
+                _put(self.parent / "cgroup.subtree_control", " ".join(f"-{name}" for name in self._enabled))
             _put(self.parent / "cgroup.procs", str(os.getpid()))
         for group in self._made:
             with suppress(OSError):

@@ -93,8 +93,17 @@ class ProcessFaults:
         end(self.fleet, strike.device)
 
 
-def draw_strikes(wanted: Mapping[str, int], devices: Sequence[str], reports: int, seed: int) -> list[Strike]:
-    """So many strikes of each fault, on drawn devices, over a campaign of `reports` reports."""
+def draw_strikes(
+    wanted: Mapping[str, int],
+    devices: Sequence[str],
+    reports: int,
+    seed: int,
+    delay_seconds: float = _DELAY_SECONDS,
+) -> list[Strike]:
+    """So many strikes of each fault, on drawn devices, over a campaign of `reports` reports.
+
+    A strike is drawn from its name and number alone: asking for one more moves none of the others.
+    """
     strikes = []
     for name, count in wanted.items():
         fault = FAULTS[name]
@@ -103,7 +112,7 @@ def draw_strikes(wanted: Mapping[str, int], devices: Sequence[str], reports: int
             strikes.append(
                 Strike(
                     after=1 + stream.integer(max(1, reports - 1)),
-                    delay=stream.uniform(0.0, _DELAY_SECONDS),
+                    delay=stream.uniform(0.0, delay_seconds),
                     fault=name,
                     device=stream.pick(devices) if fault.of_device else "",
                     seconds=stream.uniform(*fault.seconds),
