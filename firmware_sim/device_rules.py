@@ -30,6 +30,7 @@ class DeviceMemory:
 
     state: AgentState = NEVER  # as durable
     transcript: bytes = b""  # of the running round
+    since: float = 0.0  # when it began
     sealed: set[bytes] = field(default_factory=set)
     prekeys: set[bytes] = field(default_factory=set)  # SHA-256 of those that made masks
     carried: frozenset[bytes] = frozenset()  # transcripts whose deltas are in the carry
@@ -51,12 +52,15 @@ class DeviceRules:
             memory = self.devices[device] = DeviceMemory()
         return memory
 
-    def carried_out(self, device: str, effect: object) -> None:
-        """Judges one effect of a device, after it was carried out."""
+    def carried_out(self, at: float, device: str, effect: object) -> None:
+        """Judges one effect of a device, after it was carried out at time `at`."""
         memory = self.memory(device)
         match effect:
             case effects.Save():
+                running = memory.transcript
                 self._saved(device, memory, effect.state)
+                if memory.transcript != running:
+                    memory.since = at
             case effects.Publish():
                 self._published(device, memory, effect)
             case effects.SendChunk():

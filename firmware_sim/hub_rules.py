@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -47,11 +47,11 @@ class CampaignMemory:
     opened: list[RoundRow] = field(
         default_factory=list
     )  # opened in this transaction, no new adapter seen yet
-    versions: list[CampaignRow] = field(default_factory=list)  # and the other way round
+    versions: list[tuple[CampaignRow, CampaignRow]] = field(default_factory=list)  # and the other way round
 
 
 class HubRules:
-    """The rules over all campaigns. `sent` and `blob` look into the world; `floors` is each owner's smallest bloc."""
+    """The rules over all campaigns. `sent` and `blob` look into the world; `floor` is each owner's smallest bloc."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class HubRules:
         *,
         sent: Sent,
         blob: Callable[[bytes], bytes],
-        floors: Mapping[str, int],
+        floor: Callable[[str], int],
         exact_every: int,
     ) -> None:
         self._fail, self._devices = fail, devices
-        self._sent, self._blob, self._floors, self._exact_every = sent, blob, floors, exact_every
+        self._sent, self._blob, self._floor, self._exact_every = sent, blob, floor, exact_every
         self.campaigns: dict[str, CampaignMemory] = {}
         self.rounds: dict[bytes, RoundRow] = {}  # as last saved while open
         self.ended: dict[bytes, tuple[str, str]] = {}  # transcript -> campaign, "opened" or "sat-out"
@@ -116,7 +116,7 @@ class HubRules:
         ):
             self._fail("goes-back", f"campaign {row.id}: sequence, version or end")
         if row.adapter_version != old.adapter_version:
-            known.versions.append(row)
+            known.versions.append((old, row))
             self._fold(known)
         elif row.adapter != old.adapter:
             self._fail("fold", f"campaign {row.id} changed its adapter without a sum")
@@ -134,7 +134,7 @@ class HubRules:
         for member in row.members:
             if known.partition.setdefault(member, row.id) != row.id:
                 self._fail("partition", f"{member} is in {known.partition[member]} and in {row.id}")
-            if len(row.members) < max(self._floors.get(member, 0), BLOC_DEVICES_MIN):
+            if len(row.members) < max(self._floor(member), BLOC_DEVICES_MIN):
                 self._fail("leverage", f"{row.id} is smaller than {member}'s owner allows")
 
     # ------------------------------------------------------------ rounds
@@ -198,14 +198,14 @@ class HubRules:
     def _fold(self, known: CampaignMemory) -> None:
         """Pairs each opened sum with the version that it made, in whichever order the transaction has them."""
         while known.opened and known.versions:
-            row, campaign = known.opened.pop(0), known.versions.pop(0)
+            row, (before, campaign) = known.opened.pop(0), known.versions.pop(0)
             self.looked["fold"] += 1
             total, codec = BlocSum.from_bytes(row.sum), decode(decode_envelope(row.envelope).body, Open).codec
             words, metadata = total.open()
             figures = unpack(metadata, len(total.members))
             if figures.contributors:
                 update = coding.decode(words, codec, campaign.numbers)
-                factor = fold_factor(campaign, len(known.blocs), row, len(total.members), figures.steps)
+                factor = fold_factor(before, len(known.blocs), row, len(total.members), figures.steps)
                 known.adapter = known.adapter + update * np.float32(factor)
             adapter = np.frombuffer(self._blob(campaign.adapter.sha256), "<f4")
             reach = _FOLD_TOLERANCE * float(np.abs(known.adapter).max(initial=1e-30))
@@ -243,10 +243,13 @@ class HubRules:
 
 
 def fold_factor(campaign: CampaignRow, blocs: int, row: RoundRow, members: int, steps: int) -> float:
-    """What an opened sum is multiplied with (ADR 6), written a second time. `campaign` is the one after the sum."""
+    """What an opened sum is multiplied with (ADR 6), written a second time. `campaign` is as before the sum."""
     together = max(1, min(blocs, campaign.training_devices_max // members or blocs))
-    late = max(0, campaign.adapter_version - 1 - row.base_version - (together - 1))
-    return min(1.0, campaign.server_rate / together) / members / math.sqrt(1 + late)
+    late = max(0, campaign.adapter_version - row.base_version - (together - 1))
+    factor = min(1.0, campaign.server_rate / together) / members / math.sqrt(1 + late)
+    if campaign.normalise_steps and campaign.mean_steps and steps:
+        factor *= min(2.0, max(0.5, campaign.mean_steps * members / steps))
+    return factor
 
 
 class _Reporters(msgspec.Struct, array_like=True):

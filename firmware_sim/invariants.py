@@ -8,7 +8,7 @@ the command that replays them. Judging draws no randomness and changes nothing: 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final, NoReturn
 
 from fedge.errors import InvariantBroken
@@ -38,12 +38,12 @@ class Invariants:
         *,
         sent: Sent,
         blob: Callable[[bytes], bytes],
-        floors: Mapping[str, int] | None = None,
+        floor: Callable[[str], int] = lambda device: BLOC_DEVICES_MIN,
         exact_every: int = 1,
         seed: int = 0,
         replay: str = "",
     ) -> None:
-        self._clock, self._floors = clock, floors or {}
+        self._clock, self._floor = clock, floor
         self._seed, self._replay = seed, replay
         self._trail: deque[tuple[float, str, object]] = deque(maxlen=TRAIL_EVENTS)
         self.hub_rules = HubRules(
@@ -51,7 +51,7 @@ class Invariants:
             lambda: self.device_rules,
             sent=sent,
             blob=blob,
-            floors=self._floors,
+            floor=floor,
             exact_every=exact_every,
         )
         self.device_rules = DeviceRules(self.fail, self.hub_rules.fate)
@@ -59,8 +59,9 @@ class Invariants:
     # ------------------------------------------------------------ what happens
     def device(self, name: str, effect: object) -> None:
         """An effect of a device was carried out."""
-        self._trail.append((self._clock()[0], name, effect))
-        self.device_rules.carried_out(name, effect)
+        at = self._clock()[0]
+        self._trail.append((at, name, effect))
+        self.device_rules.carried_out(at, name, effect)
 
     def hub(self, effect: object) -> None:
         """An effect of the hub was carried out; a Save is durable."""
@@ -81,7 +82,7 @@ class Invariants:
                 continue
             opened = [bloc.members for bloc in known.blocs.values() if bloc.opened]
             for device, share in leverages(opened).items():
-                floor = max(self._floors.get(device, 0), BLOC_DEVICES_MIN)
+                floor = max(self._floor(device), BLOC_DEVICES_MIN)
                 if share > 1 / floor + 1e-9:
                     self.fail("leverage", f"{share:.3f} of {device}'s update can be resolved")
 
@@ -95,10 +96,6 @@ class Invariants:
     def trail(self) -> tuple[str, ...]:
         """The last events, oldest first."""
         return tuple(f"{at:12.3f} {who:>8} {_short(effect)}" for at, who, effect in self._trail)
-
-    def working(self, name: str) -> bool:
-        """Whether a device is durably in a round."""
-        return bool(self.device_rules.memory(name).transcript)
 
     def fail(self, invariant: str, text: str) -> NoReturn:
         """Raises InvariantBroken with everything that is needed to see it again."""

@@ -207,7 +207,8 @@ class HubSide:
         if saves:
             self._transaction(wanted, saves)
         for effect in wanted:
-            self.carry_out[type(effect)](effect)
+            if type(effect) is not effects.Save:  # carried out with its transaction
+                self.carry_out[type(effect)](effect)
 
     def _transaction(self, wanted: list[Effect], saves: list[effects.Save]) -> None:
         for effect in wanted:
@@ -220,6 +221,7 @@ class HubSide:
         self.store.commit(saves)
         for save in saves:
             world.recorder.row(save.row)
+            self.carry_out[effects.Save](save)
         if where:
             self._die()
 
