@@ -33,7 +33,7 @@ HISTORY_SHARES: Final = (0.50, 0.70, 0.85, 0.95)
 
 # A device stays about as long again as it has been up; one that was nearly always on is trusted from the start.
 _STAY_BY_HISTORY: Final = (600, 600, 3_600, 14_400, STAY_SECONDS_MAX)
-_BATTERY_SECONDS: Final = 14_400.0  # a full battery under training, roughly; coarse is enough for whole steps
+BATTERY_SECONDS: Final = 14_400.0  # a full battery under training, roughly; coarse is enough for whole steps
 _COOLER: Final = 5.0  # kelvin below the owner's bound before a board that was above it counts as cool
 _SLACK: Final = 0.25  # of a step: how far a reading may leave its step before another step is said
 _DAY_SECONDS: Final = 86_400
@@ -173,6 +173,6 @@ def _stay(policy: Policy, reading: Reading, facts: Facts, until_closed: float) -
     """Seconds that the device expects to stay, rounded down to a step; 0 when it is about to go."""
     stay = max(reading.up_seconds, _STAY_BY_HISTORY[facts.history_bucket])
     if reading.power == "battery":
-        stay = min(stay, (reading.charge - policy.battery_min) * _BATTERY_SECONDS)
+        stay = min(stay, (reading.charge - policy.battery_min) * BATTERY_SECONDS)
     step = bucket(min(stay, until_closed), STAY_STEPS)
     return STAY_STEPS[step - 1] if step else 0
