@@ -30,20 +30,21 @@ Handler = Callable[[int, Any, int, int], None]  # number, argument, generation, 
 class Clock:
     """The time, seconds since the world's start, and everything that is still to come."""
 
-    __slots__ = ("_crc", "_last", "entries", "events", "now", "sequence")
+    __slots__ = ("_crc", "end", "entries", "events", "now", "sequence")
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def __init__(self, end: float) -> None:
+        """`end`: what is asked for later than this never comes, and takes no memory."""
+        self.now, self.end = 0.0, end
         self.events = 0
         self.sequence = 0
         self.entries: list[Entry] = []
         self._crc = 0
-        self._last = (0.0, 0, 0, 0)
 
     def ask(self, time: float, number: int, kind: int, argument: object, generation: int) -> int:
         """Asks for an event; its sequence number."""
         self.sequence = sequence = self.sequence + 1
-        heappush(self.entries, (time, sequence, number, kind, argument, generation))
+        if time <= self.end:
+            heappush(self.entries, (time, sequence, number, kind, argument, generation))
         return sequence
 
     def advance(self, until: float, handlers: Sequence[Handler]) -> None:

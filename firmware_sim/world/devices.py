@@ -166,6 +166,7 @@ class Fleet:
         device.disk.sweep(device.agent.transcript)
         self.handle(device, told)
         self.handle(device, _STARTED)
+        world.surroundings.look_later(device)
 
     def handle(self, device: Device, event: Event) -> None:
         """One event for the machine, if it runs, and everything that follows from it."""

@@ -125,6 +125,7 @@ class WorldResult(_Part, frozen=True):
     refusals: dict[str, int]  # by name, devices and hub
     violations: list[Violation]
     invariants: int = 0  # how many were watched
+    notes: list[str] = []  # what a reader must know beside the figures
     strip: Strip | None = None
 
 

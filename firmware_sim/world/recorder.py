@@ -295,7 +295,7 @@ class Recorder:
 
     def _figures(self, numbers: list[int]) -> outcome.ClassFigures:
         def mean(values: array[Any], unit: float = 1.0) -> float:
-            return sum(values[number] for number in numbers) / unit / len(numbers)
+            return float(sum(values[number] for number in numbers)) / unit / len(numbers)
 
         return outcome.ClassFigures(
             devices=len(numbers),

@@ -114,13 +114,15 @@ class HashedSigner(Signer):
     """Speaks for one subject; all that it keeps is two references, whatever the fleet's size."""
 
     __slots__ = ("_number", "_secret")
+    _number: int
+    _secret: bytes
 
     def __init__(self, secret: bytes, number: int) -> None:
         object.__setattr__(self, "_secret", secret)
         object.__setattr__(self, "_number", number)
 
     @property
-    def certificate(self) -> bytes:  # type: ignore[override]
+    def certificate(self) -> bytes:
         """Made when it is asked for: those of 100,000 devices would take 25 MB."""
         key = _HashedKey(self._secret, name_of(self._number))
         root = cast(Ed25519PrivateKey, _HashedKey(self._secret, _ROOT))
@@ -138,6 +140,8 @@ class HashedVerifier(Verifier):
     """Checks hashed signatures. What it found good it knows again by the envelope's bytes, whoever asks."""
 
     __slots__ = ("_memory", "_secret")
+    _memory: _Memory
+    _secret: bytes
 
     def __init__(self, secret: bytes, revoked: frozenset[int]) -> None:
         super().__init__(FLEET, _public_key(secret, _ROOT.encode()), revoked)
@@ -151,12 +155,11 @@ class HashedVerifier(Verifier):
 
     def open(self, data: bytes, kind: type[M], *, role: Role, now: float) -> Opened[M]:
         """As the shipped verifier's; role, revocation and validity are looked at every time."""
-        memory: _Memory = self._memory
-        known = memory.get(data)
+        known = self._memory.get(data)
         if known is None or not isinstance(known[0].message, kind):
             opened = super().open(data, kind, role=role, now=now)
             who = self.certificate(decode_envelope(data).certificate, role=role, now=now)
-            memory.put(data, (cast(Opened[Message], opened), who))
+            self._memory.put(data, (cast(Opened[Message], opened), who))
             return opened
         self.require_valid(known[1], role, now)
         return cast(Opened[M], known[0])

@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from edge_agent.conditions import STAY_STEPS, Reading, judge
-from edge_agent.effects import Conditions
+from edge_agent.conditions import BATTERY_SECONDS, STAY_STEPS, Reading, judge
+from edge_agent.effects import Conditions, Train
 from edge_agent.policy import Policy
 from firmware_sim.parts.hours import DAY, HOUR, until
 from firmware_sim.parts.owner import absence_seconds, actions, edited
@@ -21,14 +22,13 @@ from firmware_sim.scenario import Presence
 from firmware_sim.world.clock import FLIPS, LOOK, OWNER, RETURNS, START
 from firmware_sim.world.devices import EMPTY, FORCED, FREE_MEMORY, GONE, SCHEDULE, first_facts
 from firmware_sim.world.streams import Stream
-from firmware_sim.world.work import Train
 
 if TYPE_CHECKING:
     from firmware_sim.world.devices import Device
     from firmware_sim.world.world import World
 
 AGAIN_CHARGE: Final = 0.10  # an empty battery switches its device on again from here
-QUARTERS: Final = (0.25, 0.5, 0.75)
+_QUARTERS: Final = (0.1875, 0.4375, 0.6875, 0.3125, 0.5625, 0.8125)  # where `judge` says another one, down and up
 HISTORY_SECONDS: Final = 7 * DAY
 _SOON: Final = 1.0  # a look falls this much behind what it looks for, so that rounding cannot put it before
 
@@ -58,7 +58,7 @@ class Surroundings:
         if on:
             self.switch_on(device, SCHEDULE)
         else:
-            self._look_later(device)
+            self.look_later(device)
 
     def flips(self, number: int, on: bool, _generation: int, _sequence: int) -> None:
         """A device's own time of being on begins or ends."""
@@ -78,7 +78,7 @@ class Surroundings:
         device.off |= reason
         if was_on:
             self.world.fleet.power_off(device)
-            self._look_later(device)
+            self.look_later(device)
 
     def switch_on(self, device: Device, reason: int) -> None:
         """One reason less to be off; it boots when none is left."""
@@ -90,7 +90,7 @@ class Surroundings:
         device.off &= ~reason
         if device.on:
             self.world.fleet.power_on(device)
-            self._look_later(device)
+            self.look_later(device)
 
     def force_off(self, device: Device, seconds: float | None) -> None:
         """Off, and on again after `seconds`; None: until somebody switches it on."""
@@ -172,9 +172,9 @@ class Surroundings:
             if found != device.told:
                 device.told = found
                 self.world.fleet.handle(device, found)
-        self._look_later(device)
+        self.look_later(device)
 
-    def _look_later(self, device: Device) -> None:
+    def look_later(self, device: Device) -> None:
         """Asks for the next look: when the first of all that can change does."""
         device.look += 1
         seconds = min(self._changes(device), default=math.inf)
@@ -187,17 +187,17 @@ class Surroundings:
         world, parts = self.world, device.parts
         hour = parts.local_hour(world.now)
         if parts.battery.supply.kind != "mains":
-            levels = (0.0, AGAIN_CHARGE, parts.policy.battery_min, *QUARTERS)
+            levels = _levels(parts.policy.battery_min)
             yield parts.battery.next_change(world.now, hour, self._watts(device), levels)
-        if not device.on:
+        if device.agent is None or device.told is None:
             return
-        up = world.now - device.up_since
-        yield from (step - up for step in STAY_STEPS if step > up)
+        up, stay = world.now - device.up_since, device.told.stay_seconds
+        yield from (step - up for step in STAY_STEPS if step > max(up, stay))
         if parts.policy.hours:
             yield from self._policy_changes(parts.policy, hour)
         if parts.policy.bytes_per_day_max:
             yield DAY - (START + world.now) % DAY
-        if device.told is not None and device.told.facts.hot and device.job is None:
+        if device.told.facts.hot and device.job is None:
             yield self._cooling_seconds(device)
         if parts.policy.celsius_max and self._works(device):
             yield self._heating_seconds(device, parts.policy.celsius_max)
@@ -239,7 +239,7 @@ class Surroundings:
             hour = device.parts.local_hour(self.world.now)
             battery.settle(self.world.now, hour, board.idle_watts if trained else board.load_watts)
         if device.on and (device.agent is not None):
-            self._look_later(device)
+            self.look_later(device)
 
     def _cooling_seconds(self, device: Device) -> float:
         """Until an idle board is below its limit, from the exponential."""
@@ -318,6 +318,13 @@ class Surroundings:
         elif not device.off & GONE:
             self.force_off(device, absence_seconds(action, draws))
         self._next_action(number)
+
+
+@lru_cache(maxsize=64)
+def _levels(battery_min: float) -> tuple[float, ...]:
+    """Charges at which a device is empty, has enough again, or has something else to say of itself."""
+    stays = (battery_min + step / BATTERY_SECONDS for step in STAY_STEPS)
+    return 0.0, AGAIN_CHARGE, battery_min, *_QUARTERS, *(level for level in stays if level < 1.0)
 
 
 def long_run_share(plan: Presence) -> float:

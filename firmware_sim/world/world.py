@@ -74,7 +74,7 @@ class World(Clock):
         faults: WorldFaults | None = None,
     ) -> None:
         """ConfigError for what cannot be, and when the machine has less memory than the fleet needs."""
-        super().__init__()
+        super().__init__(days * DAY)
         _require_memory(devices)
         self.scenario, self.days, self.seed, self.faults = scenario, days, seed, faults
         self.traces_name = traces.name if traces is not None else "models"
@@ -147,14 +147,13 @@ class World(Clock):
         """Lets all the days pass. `progress` is told the share that is over."""
         cpu, wall = time.process_time(), time.monotonic()
         self.begin()
-        end = self.days * DAY
         collecting = gc.isenabled()
         gc.collect()
         gc.freeze()
         gc.disable()
         try:
             for step in range(1, _PROGRESS_STEPS + 1):
-                self.advance(end * step / _PROGRESS_STEPS, self._handlers)
+                self.advance(self.end * step / _PROGRESS_STEPS, self._handlers)
                 if progress is not None:
                     progress(step / _PROGRESS_STEPS)
         finally:
