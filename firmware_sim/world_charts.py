@@ -31,7 +31,7 @@ def lines(runs: Sequence[Line], x_title: str, y_title: str, target: float | None
     """All runs in one chart; `target` is a dotted line across."""
     finite = [(x, y) for run in runs for x, y in run.points if math.isfinite(y)]
     if not finite:
-        return note(f"No {y_title} was measured.")
+        return note(f"No {y_title.lower()} was measured.")
     values = [y for _, y in finite] + ([] if target is None else [target])
     y_marks = ticks(min(values), max(values), 5)
     x_marks = ticks(min(x for x, _ in finite), max(max(x for x, _ in finite), 1e-3), 5)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,8 @@ from firmware_sim.world_words import (
     share_of,
 )
 
+MEMORY_DEVICES_MIN: Final = 10_000
+
 
 def write_world_report(result: WorldResult, path: Path) -> None:
     """Write the page to `path`, whole or not at all. Raises StorageError."""
@@ -47,8 +50,8 @@ def world_page(result: WorldResult) -> str:
         section("Who took part", "Averages of each class of boards.", world_tables.classes(runs)),
         section("How far devices came", "", world_tables.funnel(runs)),
         section(
-            "Why devices did not work",
-            "Hours in which a device was not training, by what kept it from it, as the hub's scheduler tells it.",
+            "Where the hours of devices went",
+            "What devices were doing, or what kept them from working, as the board and the hub's scheduler tell it.",
             world_tables.why_not(runs),
         ),
         section("Rounds", "A bloc is opened whole or not at all.", world_tables.rounds(runs)),
@@ -135,7 +138,8 @@ def _story(result: WorldResult) -> str:
         f"{count_text(opened, 'sum')} opened; each is over a whole bloc, and nothing else could be. "
         f"Task: {escape(result.task)}. Presence and links: {escape(result.traces)}."
     )
-    return f'{about}<p class="lede">{told}</p>'
+    notes = "".join(f'<p class="said">{escape(note)}</p>' for note in result.notes)
+    return f'{about}<p class="lede">{told}</p>{notes}'
 
 
 def _cards(result: WorldResult) -> str:
@@ -185,7 +189,7 @@ def _held_card(result: WorldResult) -> tuple[str, str, str]:
     if broken:
         return "Invariants", f'<span class="bad">{broken:,} broken</span>', "see below"
     if result.invariants:
-        return "Invariants", f"all {result.invariants} held", f"after {result.events:,} events"
+        return "Invariants", f"all {result.invariants} held", f"in {result.events:,} events"
     return "Invariants", "not checked", "--check watches them"
 
 
@@ -257,9 +261,15 @@ def _footer(result: WorldResult) -> str:
     again = f"fedge sim world {result.scenario} {size} --seed {result.seed}"
     return (
         f"Again: <code>{escape(again)}</code>. {result.events:,} events, CRC {escape(result.crc)}: the same on "
-        f"every run and machine. It took {result.cpu_seconds:,.1f} s of processor time and "
-        f"{result.bytes_per_device:,.0f} bytes for each device. The same figures are in world.json."
+        f"every run and machine. It took {result.cpu_seconds:,.1f} s of processor time"
+        f"{_memory_text(result)}. The same figures are in world.json."
     )
+
+
+def _memory_text(result: WorldResult) -> str:
+    """Only of fleets in which what the process itself takes is little."""
+    large = result.devices >= MEMORY_DEVICES_MIN and result.bytes_per_device
+    return f" and {result.bytes_per_device:,.0f} bytes for each device" if large else ""
 
 
 # ---------------------------------------------------------------- terminal
@@ -270,7 +280,7 @@ def print_world(result: WorldResult, folder: Path | None = None, *, console: Con
     screen.print(headline(result), style="bold", markup=False, highlight=False)
     screen.print(_class_table(result))
     for name, text in _facts(result):
-        screen.print(f"{name:<12}{text}", markup=False, highlight=False)
+        screen.print(f"{name:<12}{text}", markup=False, highlight=False, soft_wrap=True)
     if folder is not None:
         screen.print(f"\nLook at {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
         screen.print(
@@ -308,12 +318,12 @@ def _facts(result: WorldResult) -> list[tuple[str, str]]:
             f"{rounds.opened:,} of {rounds.tried:,} opened; yield {percent_text(rounds.yield_)}, "
             f"drop {percent_text(rounds.drop)}, waste {percent_text(rounds.waste)}",
         ),
-        ("why not", "; ".join(f"{name} {hours:,.0f} h" for name, hours in worst) or "nobody had to wait"),
+        ("hours", "; ".join(f"{name} {hours:,.0f} h" for name, hours in worst) or "none were looked at"),
         ("faults", ", ".join(f"{name} {count:,}" for name, count in result.faults.items()) or "none"),
         ("invariants", f"{broken:,} BROKEN, first: {result.violations[0].text}" if broken else held),
         (
             "run",
-            f"{result.events:,} events, CRC {result.crc}, {result.cpu_seconds:,.1f} s of processor time, "
-            f"{result.bytes_per_device:,.0f} bytes per device",
+            f"{result.events:,} events, CRC {result.crc}, {result.cpu_seconds:,.1f} s of processor time"
+            f"{_memory_text(result)}",
         ),
     ]

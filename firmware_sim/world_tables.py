@@ -69,7 +69,7 @@ def why_not(runs: Runs) -> str:
         for run, total in zip(runs.values(), totals, strict=True)
     ]
     if not any(totals):
-        return note("No device had to wait for anything.")
+        return note("Nobody looked at the fleet.")
     return _bars("device-hours", shares)
 
 
@@ -182,7 +182,7 @@ def _names(runs: Runs) -> list[str]:
 
 
 def _part(part: int, whole: int) -> str:
-    return f"{part:,} ({percent_text(share_of(part, whole))})"
+    return f"{part:,} ({percent_text(part / whole)})" if whole else f"{part:,}"
 
 
 def _seconds(value: float | None) -> str:

@@ -46,7 +46,7 @@ def energy_kj(result: WorldResult) -> float:
 
 def headline(result: WorldResult) -> str:
     """What happened, in a sentence."""
-    took = f"{served(result):,} of {result.devices:,} devices took part"
+    took = f"{served(result):,} of {count_text(result.devices, 'device')} took part"
     course = course_of(result.loss)
     if not result.rounds.opened:
         return f"No sum was opened: {took}"
@@ -62,7 +62,7 @@ def headline(result: WorldResult) -> str:
 def energy_text(kilojoules: float) -> str:
     """In mWh, Wh or kWh."""
     watt_hours = kilojoules / 3.6
-    if watt_hours < 0.095:
+    if 0 < watt_hours < 0.095:
         return f"{watt_hours * 1_000:.0f} mWh"
     if watt_hours < 9.95:
         return f"{watt_hours:.1f} Wh"

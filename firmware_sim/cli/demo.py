@@ -1,4 +1,4 @@
-"""`fedge sim`: a whole fleet on this machine."""
+"""`fedge sim demo`: the whole job with real processes, a real model and real people's messages."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ What comes out, in the folder --out: report.html (look at it), result.json, and 
 """
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `sim` and its words. Imports nothing heavy."""
-    sim = subparsers.add_parser("sim", help="a whole fleet on this machine")
-    words = sim.add_subparsers(dest="sim_command", metavar="WORD", required=True)
+def register(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `demo`. Imports nothing heavy."""
     demo = words.add_parser(
         "demo",
         help="real people, a real 4-bit model, real masked sums, on this machine",
