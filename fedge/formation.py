@@ -67,6 +67,11 @@ class Candidate:
     digest: bytes
     envelope: bytes
 
+    @classmethod
+    def of(cls, ready: Ready, body: bytes, envelope: bytes) -> Candidate:
+        """From a verified READY and its bytes."""
+        return cls(ready, hashlib.sha256(body).digest(), envelope)
+
 
 def cut(candidates: Iterable[Candidate], devices: int, beacon: bytes, adapter_bytes: int) -> list[Bloc]:
     """The candidates in the public order, cut into blocs of exactly `devices`; a tail that fills none waits."""

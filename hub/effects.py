@@ -39,23 +39,29 @@ class CampaignRow(msgspec.Struct, frozen=True, kw_only=True):
     spread: float = 0.0  # of the last opened sum, per number: tunes the next step
     mean_norm: float = 0.0  # of the last opened sum's members: tunes the next clip
     closed: bool = False
+    layers: int = 0  # of the model; 0 = not known, then every member adapts all of them
     # ---- the scheduler's knobs (hub.scheduler)
-    beacon_secret: bytes = bytes(
-        32
-    )  # its hash chain's end is announced; never leaves the hub before its turn
-    formations: int = 0
-    started_at: float = 0.0
     work_seconds: float = 120.0  # target time of a member's part in a round
-    training_devices_max: int = 0  # devices that train at once; 0 = no bound
+    training_devices_max: int = 0  # a bloc is opened while fewer devices train; 0 = no bound
     rest_seconds: float = 0.0  # of a bloc between two rounds
-    quota: float = 0.0  # a bloc is opened at most quota * mean + 2 times; 0 = no bound
+    quota: float = 0.0  # a bloc is opened at most quota x mean + 2 times; 0 = no bound
     form_seconds: float = 1_800.0  # newcomers wait at least this long for blocs of newcomers
     server_rate: float = 1.0  # 1 = the plain mean over the blocs that train side by side (ADR 6)
     normalise_steps: bool = False  # FedNova-style, from summed step counts only
-    seconds_max: float = (
-        0.0  # the campaign closes after this long, whatever is missing; 0 = when all rounds are done
+    seconds_max: float = 0.0  # closes after this long, whatever is missing; 0 = when all rounds are done
+    # ---- where it is
+    beacon_secret: bytes = (
+        b""  # the end of its hash chain is announced; it never leaves the hub before its turn
     )
+    formations: int = 0
+    formed_at: float = 0.0  # the first formation, Unix seconds; 0 = not yet
+    started_at: float = 0.0
+    checkin_seconds: int = 60  # how often a waiting device says READY
     starving: bool = False  # too few live blocs: nothing is opened until there are more
+    mean_steps: float = 0.0  # a member's local steps in a round, running mean of opened sums
+    reports_opened: int = 0
+    reports_spoiled: int = 0  # accepted in rounds that sat out
+    staleness: float = 0.0  # running mean over opened sums
 
 
 class BlocRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +74,7 @@ class BlocRow(msgspec.Struct, frozen=True, kw_only=True):
     round: int = 0  # number of the last OPEN
     opened: int = 0
     formed_at: float = 0.0
+    formation: int = 1
     ended_at: float = 0.0  # when its last round ended, Unix seconds; 0 = never
     opened_at: float = 0.0  # when a sum of it was last opened; 0 = never
 

@@ -1,19 +1,21 @@
 """The server's state machine: campaigns, blocs and rounds. Events in, effects out; decides everything, does nothing.
 
-A campaign waits until enough devices are READY, forms blocs once, and from then on opens each bloc whenever all of its
-members are READY. Reports arrive in chunks; a whole report is verified, added to the bloc's running sum and committed
-before it is acknowledged. The last report completes the sum, which is opened, applied to the adapter at once, and
-announced. A bloc that misses its window, or a member of which declines, sits the round out: nothing of it is opened.
+A campaign waits until enough devices are READY, forms blocs, and from then on opens each bloc whenever all of its
+members are READY and its turn has come. Reports arrive in chunks; a whole report is verified, added to the bloc's
+running sum and committed before it is acknowledged. The last report completes the sum, which is opened and applied at
+once. A bloc that misses its window, or a member of which declines, sits the round out: nothing of it is opened.
 
     READY* -> form blocs -> [READY of all -> OPEN -> REPORT* -> opened | sat out]* -> closed
 
-What must survive a kill is in the rows (`hub.effects`); the rest (who is present, half-received reports) devices say
-again when they see a new epoch. Every Save of one event is one transaction, before anything of it is published.
+In layers, each on the one before: `hub.book` knows, `hub.rounds` keeps open rounds, `hub.admission` opens them,
+`hub.forming` makes blocs, and here is what arrives. What must survive a kill is in the rows (`hub.effects`); the rest
+devices say again when they see a new epoch. Every Save of one event is one transaction, before anything of it is
+published. A READY that is said again costs a comparison: 100,000 waiting devices are a few milliseconds a second.
 """
 
 from __future__ import annotations
 
-import hashlib
+import sys
 from collections.abc import Iterator
 from typing import Final
 
@@ -22,11 +24,10 @@ import msgspec
 from fedge import topics
 from fedge.errors import FedgeError, ProtocolError
 from fedge.messages import (
-    BlocCard,
+    Announcement,
     Decline,
     HubState,
     Message,
-    Open,
     Presence,
     Ready,
     Report,
@@ -35,21 +36,25 @@ from fedge.messages import (
     encode,
     kind_in,
 )
-from hub import aggregation, effects, scheduler
-from hub.effects import BlocRow, CampaignRow, Effect, Event, LedgerEntry, RoundRow, Save
-from hub.rounds import REFUSED_SECONDS, RoundKeeper
+from hub import effects, scheduler
+from hub.book import CampaignState, Contact
+from hub.effects import CampaignRow, Effect, Event, LedgerEntry, Save
+from hub.forming import Former
 
 TICK_SECONDS: Final = 5.0
-REPEAT_SECONDS: Final = 30.0  # an OPEN that a member has not answered is said again
+ANNOUNCE_SECONDS: Final = 3_600.0  # the newest adapter is announced at most so often: every device hears it
+AGAIN_SECONDS: Final = 30.0  # between two announcements of one closed campaign
 
 
-class Hub(RoundKeeper):
-    """One hub: campaigns, who is READY, which bloc opens when. The rounds themselves are the RoundKeeper's."""
+class Hub(Former):
+    """One hub. `handle` is all that a driver needs; `hub.standing` reads the rest."""
 
     # ------------------------------------------------------------ entry
     def handle(self, now: float, event: Event) -> list[Effect]:
         """The effects of `event` at Unix time `now`, in the order in which they must be carried out."""
         done: list[Effect] = []  # what was decided before a refusal stands, in memory as in the rows
+        if type(event) is effects.Received and self._only_heard_again(now, event):
+            return done
         try:
             for effect in self._dispatch(now, event):
                 done.append(effect)
@@ -60,10 +65,18 @@ class Hub(RoundKeeper):
             done.append(effects.Tell(str(error), type(error).__name__.removesuffix("Error").lower()))
         return done
 
+    def _only_heard_again(self, now: float, event: effects.Received) -> bool:
+        """A READY whose very bytes were verified before, from a device that is here: it is here still."""
+        contact = self.contacts.get(topics.device_of(event.topic))
+        if contact is None or not contact.here or not contact.envelope or contact.envelope != event.payload:
+            return False
+        contact.heard_at = now
+        return True
+
     def _dispatch(self, now: float, event: Event) -> Iterator[Effect]:
         match event:
             case effects.Started():
-                yield from self._started(event)
+                yield from self._started(now, event)
             case effects.CampaignAsked():
                 yield from self._campaign(now, event.campaign)
             case effects.TimerFired():
@@ -77,7 +90,7 @@ class Hub(RoundKeeper):
             yield from self._chunk(now, device, event.payload)
         elif event.topic == topics.state(device):
             if event.payload:
-                yield from self._presence(device, decode(event.payload, Presence))
+                yield from self._presence(now, device, decode(event.payload, Presence))
         elif event.topic == topics.control(device):
             yield from self._control(now, device, event.payload)
         else:
@@ -105,165 +118,195 @@ class Hub(RoundKeeper):
                 yield from self._decline(now, message)
 
     # ------------------------------------------------------------ start, tick, presence
-    def _started(self, event: effects.Started) -> Iterator[Effect]:
+    def _started(self, now: float, event: effects.Started) -> Iterator[Effect]:
         self.epoch = event.epoch
         state = HubState(hub=self.name, up=True, epoch=self.epoch)
         yield effects.Publish(topics.HUB_STATE, encode(state), retain=True)
         for campaign in self.campaigns.values():
-            yield self._announce(campaign)
-        for row in self._open_rounds():
-            yield from self._say_open(row)
+            yield self._announce(campaign, now)
+            if not campaign.row.closed:
+                self._schedule(campaign)
+                for bloc in campaign.blocs.values():
+                    self._count_live(now, bloc)
+        for round_state in list(self.rounds.values()):
+            if round_state.open:
+                yield from self._say_open(round_state)
+                self._look_later(now, round_state)
         yield effects.SetTimer("tick", TICK_SECONDS)
+
+    def _schedule(self, campaign: CampaignState) -> None:
+        row = campaign.row
+        self._at(campaign.announced_at + ANNOUNCE_SECONDS, self._announce_newest, campaign)
+        if row.formations:
+            self._at(campaign.forms_at, self._form_again, campaign)
+        if row.seconds_max:
+            self._at(row.started_at + row.seconds_max, self._end_if_done, campaign)
 
     def _tick(self, now: float) -> Iterator[Effect]:
-        self.refused = {key: at for key, at in self.refused.items() if now < at + REFUSED_SECONDS}
-        for row in self._open_rounds():
-            if now > row.opened_at + self.campaigns[row.campaign].window_seconds:
-                yield from self._sit_out(now, row, "window-over")
-            elif now > self.repeated.get(row.transcript, row.opened_at) + REPEAT_SECONDS:
-                self.repeated[row.transcript] = now
-                yield from self._say_open(row)
-        yield effects.SetTimer("tick", TICK_SECONDS)
+        yield effects.SetTimer("tick", TICK_SECONDS)  # first, so that no refusal can stop the clock
+        self._forget_refusals(now)
+        for contact in self._fallen_silent(now):
+            yield from self._set_here(now, contact, False)
+        yield from self._due(now)
+        for campaign in self.campaigns.values():
+            if not campaign.row.closed:
+                yield from self._watch_hunger(now, campaign)
+                yield from self._steer_pace(now, campaign)
 
-    def _open_rounds(self) -> list[RoundRow]:
-        return [row for row in self.rounds.values() if row.state == "open"]
-
-    def _presence(self, device: str, presence: Presence) -> Iterator[Effect]:
+    def _presence(self, now: float, device: str, presence: Presence) -> Iterator[Effect]:
         """A device that comes back hears again what its bloc waits for. The topic's owner is who it speaks for."""
-        if presence.device != device or not presence.up:
-            return
-        for row in self._open_rounds():
-            if device in aggregation.missing(row):
-                yield from self._say_open(row, only=device)
+        contact = self._contact(device)
+        if presence.device != device or presence.boot < contact.boot:
+            return  # in another's name, or the last will of a process before this one
+        contact.boot = presence.boot
+        yield from self._set_here(now, contact, presence.up)
+        if presence.up:
+            yield from self._catches_up(contact)
 
-    # ------------------------------------------------------------ campaigns
+    def _catches_up(self, contact: Contact) -> Iterator[Effect]:
+        """Its round if it is open, else how that ended: a device that says no READY may not have heard it.
+
+        Without that it would train to the end for a round that is long over.
+        """
+        for state in self._awaited_from(contact.device):
+            yield from self._say_open(state, only=contact.device)
+        for campaign in self.campaigns.values() if not contact.envelope else ():
+            bloc = campaign.places.get(contact.device)
+            if bloc is not None and bloc.current is not None and not bloc.current.open:
+                yield effects.Publish(topics.commands(contact.device), bloc.current.row.result)
+
+    # ------------------------------------------------------------ campaigns and their announcements
     def _campaign(self, now: float, row: CampaignRow) -> Iterator[Effect]:
         if row.id in self.campaigns:
             raise ProtocolError(
                 "campaign-exists", "a campaign's name is used once", field="campaign", value=row.id
             )
-        row = msgspec.structs.replace(row, sequence=self._next_sequence())
+        row = msgspec.structs.replace(
+            row,
+            sequence=self._next_sequence(),
+            started_at=now,
+            beacon_secret=row.beacon_secret if any(row.beacon_secret) else self.entropy(32),
+            checkin_seconds=scheduler.checkin_seconds(self.here, row.checkin_seconds),
+        )
         yield self._save(row)
         yield Save(LedgerEntry(at=now, kind="campaign", campaign=row.id, detail={"rounds": row.rounds}))
-        yield self._announce(row)
+        campaign = self.campaigns[row.id]
+        yield self._announce(campaign, now)
+        self._schedule(campaign)
 
-    # ------------------------------------------------------------ ready, form, open
+    def _announce(self, campaign: CampaignState, now: float) -> effects.Publish:
+        row = campaign.row
+        campaign.announced_at, campaign.announced_version = now, row.adapter_version
+        announcement = Announcement(
+            campaign=row.id,
+            hub=self.name,
+            sequence=row.sequence,
+            closed=row.closed,
+            url=row.url,
+            manifest=row.manifest,
+            manifest_signature=row.manifest_signature,
+            publisher=row.publisher,
+            lora=row.lora,
+            training=row.training,
+            adapter=row.adapter,
+            adapter_version=row.adapter_version,
+            beacon=campaign.commitment,
+            checkin_seconds=row.checkin_seconds,
+        )
+        return effects.Publish(topics.announcement(row.id), self.signer.seal(announcement), retain=True)
+
+    def _announce_anew(self, now: float, campaign: CampaignState, **changes: object) -> Iterator[Effect]:
+        """Under a newer number, so that every device takes it."""
+        yield self._save(msgspec.structs.replace(campaign.row, sequence=self._next_sequence(), **changes))
+        yield self._announce(campaign, now)
+
+    def _announce_newest(self, now: float, campaign: CampaignState) -> Iterator[Effect]:
+        if campaign.row.closed:
+            return
+        if campaign.row.adapter_version != campaign.announced_version:
+            yield from self._announce_anew(now, campaign)
+        self._at(now + ANNOUNCE_SECONDS, self._announce_newest, campaign)
+
+    def _steer_pace(self, now: float, campaign: CampaignState) -> Iterator[Effect]:
+        """Waiting devices are told to say READY less often when there are many of them."""
+        wanted = scheduler.checkin_seconds(self.here, campaign.row.checkin_seconds)
+        if wanted != campaign.row.checkin_seconds:
+            yield from self._announce_anew(now, campaign, checkin_seconds=wanted)
+
+    def _end_if_done(self, now: float, campaign: CampaignState) -> Iterator[Effect]:
+        """Closes when every bloc has had its rounds, or when the time is up and no round is open."""
+        done = campaign.blocs and campaign.done == len(campaign.blocs)
+        if campaign.row.closed or campaign.running or not (done or campaign.over(now)):
+            return
+        yield from self._announce_anew(now, campaign, closed=True)
+        yield Save(LedgerEntry(at=now, kind="closed", campaign=campaign.row.id))
+        for contact in [one for one in self.contacts.values() if one.campaign is campaign]:
+            contact.envelope = b""
+            yield from self._recount(now, contact)
+        for other in [other for other in self.campaigns.values() if not other.row.closed]:
+            yield from self._announce_anew(now, other)  # devices that were bound to the closed one may join
+
+    # ------------------------------------------------------------ READY
     def _ready(self, now: float, ready: Ready, envelope: bytes) -> Iterator[Effect]:
         campaign = self.campaigns.get(ready.campaign)
         if campaign is None:
             raise ProtocolError("no-campaign", "no such campaign", field="campaign", value=ready.campaign)
-        if campaign.closed:
+        if campaign.row.closed:
             yield from self._announce_again(now, campaign)
             return
+        contact = self._contact(ready.device)
+        if ready.prekey == contact.spent:
+            yield from self._spent_ready(now, campaign, contact)
+            return
+        if ready.counter > max(contact.counter, self._device(ready.device).counter):
+            yield from self._follow(now, contact, campaign)
+            yield from self._take(now, contact, ready, envelope)
+        elif envelope == contact.envelope:
+            yield from self._set_here(now, contact, True)
+        elif ready.facts.samples_bucket:
+            raise ProtocolError(
+                "replayed-ready", "READY counters must grow", field="counter", value=ready.counter
+            )
         if ready.facts.samples_bucket == 0:
             raise ProtocolError("empty-member", "a device without data has no place", field="device")
-        known = self.ready.get((campaign.id, ready.device))
-        if known is not None and known[1] == envelope:
-            return
-        newest = known[0].counter if known is not None else self._device(ready.device).counter
-        if ready.counter <= newest:
-            yield from self._spent_ready(ready, envelope)
-            return
-        self.ready[campaign.id, ready.device] = ready, envelope
-        if known is None:
-            yield Save(LedgerEntry(at=now, kind="ready", campaign=campaign.id, device=ready.device))
-        if not any(key[0] == campaign.id for key in self.blocs):
-            yield from self._form(now, campaign)
-        for bloc in list(self.blocs.values()):
-            if bloc.campaign == campaign.id and ready.device in bloc.members:
-                yield from self._open_if_ready(now, campaign, bloc)
 
-    def _announce_again(self, now: float, campaign: CampaignRow) -> Iterator[Effect]:
+    def _follow(self, now: float, contact: Contact, campaign: CampaignState) -> Iterator[Effect]:
+        """A device follows one campaign: with its first READY for another it leaves the one before."""
+        if contact.campaign is campaign:
+            return
+        contact.envelope = b""
+        yield from self._recount(now, contact)
+        contact.campaign = campaign
+        if contact.device not in campaign.places:
+            entry = LedgerEntry(at=now, kind="ready", campaign=campaign.row.id, device=contact.device)
+            yield Save(entry)
+
+    def _take(self, now: float, contact: Contact, ready: Ready, envelope: bytes) -> Iterator[Effect]:
+        assert contact.campaign is not None, "it was made to follow one"
+        row = contact.campaign.row
+        contact.board, contact.counter = sys.intern(ready.facts.board), ready.counter
+        work = self._work(contact.campaign, ready)
+        seconds = scheduler.planned_seconds(ready, work, layers=row.layers, adapter_bytes=row.adapter.size)
+        contact.why, contact.envelope = scheduler.why_not(ready, seconds), envelope
+        yield from self._set_here(now, contact, True)
+
+    def _announce_again(self, now: float, campaign: CampaignState) -> Iterator[Effect]:
         """Tells whoever has not heard that the campaign is closed; one announcement serves many askers."""
-        if now >= self.announced.get(campaign.id, 0.0) + REPEAT_SECONDS:
-            self.announced[campaign.id] = now
-            yield self._announce(campaign)
+        if now >= campaign.announced_at + AGAIN_SECONDS:
+            yield self._announce(campaign, now)
 
-    def _spent_ready(self, ready: Ready, envelope: bytes) -> Iterator[Effect]:
-        """A READY that a round was opened with: its sender missed the OPEN, or all of the round."""
-        for row in self.rounds.values():
-            members = self.blocs[row.campaign, row.bloc].members
-            if row.campaign != ready.campaign or ready.device not in members:
-                continue
-            if envelope in decode(decode_envelope(row.envelope).body, Open).roster:
-                if row.state == "open":
-                    yield from self._say_open(row, only=ready.device)
-                else:
-                    yield effects.Publish(topics.commands(ready.device), row.result)
-                return
-        raise ProtocolError(
-            "replayed-ready", "READY counters must grow", field="counter", value=ready.counter
-        )
-
-    def _form(self, now: float, campaign: CampaignRow) -> Iterator[Effect]:
-        present = {device: ready for (name, device), (ready, _) in self.ready.items() if name == campaign.id}
-        if len(present) < campaign.form_at_devices:
-            return
-        beacon = self.entropy(32)
-        blocs = scheduler.form_blocs(present, campaign.bloc_devices, beacon)
-        for number, members in enumerate(blocs):
-            card = BlocCard(campaign=campaign.id, bloc=f"bloc-{number}", members=members, beacon=beacon)
-            bloc = BlocRow(campaign=campaign.id, id=card.bloc, members=members, card=self.signer.seal(card))
-            yield self._save(bloc)
-            yield Save(
-                LedgerEntry(
-                    at=now,
-                    kind="formed",
-                    campaign=campaign.id,
-                    bloc=bloc.id,
-                    detail={"members": ",".join(members)},
-                )
+    def _spent_ready(self, now: float, campaign: CampaignState, contact: Contact) -> Iterator[Effect]:
+        """A READY of a prekey that a round was opened with: its sender missed the OPEN, or all of the round."""
+        bloc = campaign.places.get(contact.device)
+        if bloc is None or bloc.current is None:
+            raise ProtocolError(
+                "replayed-ready", "a prekey is for one round", field="device", value=contact.device
             )
-        for bloc in [bloc for bloc in self.blocs.values() if bloc.campaign == campaign.id]:
-            yield from self._open_if_ready(now, campaign, bloc)
-
-    def _open_if_ready(self, now: float, campaign: CampaignRow, bloc: BlocRow) -> Iterator[Effect]:
-        keys = [(campaign.id, member) for member in bloc.members]
-        running = any((row.campaign, row.bloc) == (bloc.campaign, bloc.id) for row in self._open_rounds())
-        if running or bloc.opened >= campaign.rounds or not all(key in self.ready for key in keys):
-            return
-        readys = [self.ready.pop(key) for key in keys]
-        opening = self._opening(campaign, bloc, readys)
-        body = encode(opening)
-        row = RoundRow(
-            transcript=hashlib.sha256(body).digest(),
-            campaign=campaign.id,
-            bloc=bloc.id,
-            round=opening.round,
-            envelope=self.signer.seal(opening),
-            base_version=campaign.adapter_version,
-            state="open",
-            sum=aggregation.empty_sum(body, bloc.members, campaign.numbers, opening.codec),
-            opened_at=now,
-        )
-        for ready, _ in readys:
-            yield self._save(msgspec.structs.replace(self._device(ready.device), counter=ready.counter))
-        yield self._save(row)
-        yield self._save(msgspec.structs.replace(bloc, round=opening.round))
-        yield Save(LedgerEntry(at=now, kind="open", campaign=campaign.id, bloc=bloc.id, round=opening.round))
-        yield from self._say_open(row)
-
-    def _opening(self, campaign: CampaignRow, bloc: BlocRow, readys: list[tuple[Ready, bytes]]) -> Open:
-        steps = scheduler.balance(tuple(scheduler.plan_steps(ready, campaign.steps) for ready, _ in readys))
-        return Open(
-            campaign=campaign.id,
-            bloc=bloc.id,
-            card=hashlib.sha256(decode_envelope(bloc.card).body).digest(),
-            round=bloc.round + 1,
-            manifest=campaign.manifest.sha256,
-            adapter=campaign.adapter,
-            codec=aggregation.next_codec(campaign, max(steps), self.entropy(16)),
-            steps=steps,
-            roster=tuple(envelope for _, envelope in readys),
-            window_seconds=campaign.window_seconds,
-        )
-
-    def _say_open(self, row: RoundRow, only: str = "") -> Iterator[Effect]:
-        card = self.blocs[row.campaign, row.bloc].card
-        for member in aggregation.missing(row):
-            if only in ("", member):
-                yield effects.Publish(topics.commands(member), card)
-                yield effects.Publish(topics.commands(member), row.envelope)
+        yield from self._set_here(now, contact, True)
+        if bloc.current.open:
+            yield from self._say_open(bloc.current, only=contact.device)
+        else:
+            yield effects.Publish(topics.commands(contact.device), bloc.current.row.result)
 
 
 _CONTROLS: Final[dict[str, type[Message]]] = {"ready": Ready, "report": Report, "decline": Decline}

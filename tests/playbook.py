@@ -376,14 +376,18 @@ class Fleet:
     def expected_adapter(self) -> np.ndarray:
         """The mean rule over what the devices say that they sent, bit for bit: no masks, no hub."""
         blocs = {row.id: row for row in self.rows.values() if isinstance(row, BlocRow)}
-        everyone = sum(len(bloc.members) for bloc in blocs.values())
+        formed_at = sorted(row.formed_at for row in blocs.values())
         adapter = np.zeros(NUMBERS, np.float32)
-        for version, row in enumerate(self.opened()):
-            late = max(0, version - row.base_version - (len(blocs) - 1))
-            sent = [self.devices[name].words[row.transcript] for name in blocs[row.bloc].members]
+        for version, (entry, row) in enumerate(zip(self.kinds("opened"), self.opened(), strict=True)):
+            members = blocs[row.bloc].members
+            side_by_side = sum(at <= entry.at for at in formed_at)
+            if most := self.campaign.training_devices_max:
+                side_by_side = min(side_by_side, max(1, most // len(members)))
+            late = max(0, version - row.base_version - (side_by_side - 1))
+            share = min(1.0, self.campaign.server_rate / side_by_side) / (len(members) * math.sqrt(1 + late))
+            sent = [self.devices[name].words[row.transcript] for name in members]
             words = np.sum([words for words, _ in sent], axis=0, dtype=sent[0][0].dtype)
-            total = coding.decode(words, sent[0][1], NUMBERS)
-            adapter = adapter + total * np.float32(1 / (everyone * math.sqrt(1 + late)))
+            adapter = adapter + coding.decode(words, sent[0][1], NUMBERS) * np.float32(share)
         return adapter
 
     def check(self) -> None:

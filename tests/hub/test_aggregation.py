@@ -1,24 +1,22 @@
 """From masked reports to a new adapter: exact sums, the mean rule, and nothing applied that does not check out."""
 
+import dataclasses
 import hashlib
 
 import msgspec
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from playbook import authority, campaign, signer
+from playbook import campaign
 
 from fedge.errors import ProtocolError
-from fedge.messages import BlobRef, Open, encode
+from fedge.secagg.bloc import BlocSum
 from fedge.secagg.masks import Member
 from fedge.update import codec as coding
 from fedge.update.report import BuiltReport, build_report
 from fedge.update.spec import UpdateCodec
 from hub import aggregation
 from hub.aggregation import OpenedSum
-from hub.effects import RoundRow
 
 NUMBERS, DEVICES = 1500, 5
 NAMES = tuple(f"d{i:02d}" for i in range(DEVICES))
@@ -28,7 +26,6 @@ ROSTER = [
     for secret in SECRETS
 ]
 CODEC = coding.first_codec(5, 0.016, NUMBERS, DEVICES, bytes(16))
-HUB = signer(authority(), "hub", "hub", 1)
 
 
 def deltas(seed: int = 0, scale: float = 0.01) -> list[np.ndarray]:
@@ -36,34 +33,14 @@ def deltas(seed: int = 0, scale: float = 0.01) -> list[np.ndarray]:
     return [rng.normal(0, scale, NUMBERS).astype(np.float32) for _ in range(DEVICES)]
 
 
-def round_row(codec: UpdateCodec = CODEC) -> RoundRow:
-    opening = Open(
-        campaign="c1",
-        bloc="bloc-0",
-        card=bytes(32),
-        round=1,
-        manifest=bytes(32),
-        adapter=BlobRef(bytes(32), 4 * NUMBERS),
-        codec=codec,
-        steps=(5,) * DEVICES,
-        roster=(b"",) * DEVICES,
-        window_seconds=60,
-    )
-    body = encode(opening)
-    return RoundRow(
-        transcript=hashlib.sha256(body).digest(),
-        campaign="c1",
-        bloc="bloc-0",
-        round=1,
-        envelope=HUB.seal(opening),
-        base_version=0,
-        state="open",
-        sum=aggregation.empty_sum(body, NAMES, NUMBERS, codec),
-        opened_at=0.0,
-    )
+H = hashlib.sha256(b"an OPEN").digest()
 
 
-def reports(updates: list[np.ndarray], row: RoundRow, codec: UpdateCodec = CODEC) -> list[BuiltReport]:
+def empty(codec: UpdateCodec = CODEC) -> BlocSum:
+    return aggregation.empty_sum(H, NAMES, NUMBERS, codec)
+
+
+def reports(updates: list[np.ndarray], codec: UpdateCodec = CODEC) -> list[BuiltReport]:
     return [
         build_report(
             delta,
@@ -73,7 +50,7 @@ def reports(updates: list[np.ndarray], row: RoundRow, codec: UpdateCodec = CODEC
             samples=4,
             steps=5,
             codec=codec,
-            h=row.transcript,
+            h=H,
             position=place,
             roster=ROSTER,
             prekey_secret=SECRETS[place],
@@ -83,17 +60,21 @@ def reports(updates: list[np.ndarray], row: RoundRow, codec: UpdateCodec = CODEC
     ]
 
 
-def whole(updates: list[np.ndarray], codec: UpdateCodec = CODEC) -> RoundRow:
-    row = round_row(codec)
-    for name, report in zip(NAMES, reports(updates, row, codec), strict=True):
-        row = aggregation.add_report(row, name, report.body)
-    return row
+def whole(updates: list[np.ndarray], codec: UpdateCodec = CODEC) -> BlocSum:
+    total = empty(codec)
+    for name, report in zip(NAMES, reports(updates, codec), strict=True):
+        total.add(name, report.body)
+    return total
+
+
+def open_sum(total: BlocSum, codec: UpdateCodec = CODEC) -> OpenedSum:
+    return aggregation.open_sum(total, codec, NUMBERS)
 
 
 # ---------------------------------------------------------------- sums
 def test_an_opened_sum_is_the_sum_of_the_updates_and_of_the_figures() -> None:
     updates = deltas()
-    opened = aggregation.open_sum(whole(updates), NUMBERS)
+    opened = open_sum(whole(updates))
     true = np.sum(updates, axis=0)
     assert np.linalg.norm(opened.total - true) / np.linalg.norm(true) < 0.01
     assert (opened.devices, opened.contributors) == (DEVICES, DEVICES)
@@ -104,41 +85,25 @@ def test_an_opened_sum_is_the_sum_of_the_updates_and_of_the_figures() -> None:
     assert opened.mean_norm == pytest.approx(np.mean(norms), rel=1e-4)
 
 
-@given(order=st.permutations(range(DEVICES)))
-@settings(max_examples=20, deadline=None)
-def test_any_order_of_arrival_gives_the_same_row(order: list[int]) -> None:
-    row = round_row()
-    sealed = reports(deltas(), row)
-    for place in order:
-        assert NAMES[place] in aggregation.missing(row)
-        row = aggregation.add_report(row, NAMES[place], sealed[place].body)
-        assert aggregation.digest_in(row, NAMES[place]) == sealed[place].digest
-    assert aggregation.missing(row) == ()
-    assert np.array_equal(
-        aggregation.open_sum(row, NUMBERS).total, aggregation.open_sum(whole(deltas()), NUMBERS).total
-    )
-
-
 def test_a_bloc_that_is_not_whole_is_not_opened() -> None:
-    row = round_row()
-    for name, report in list(zip(NAMES, reports(deltas(), row), strict=True))[1:]:
-        row = aggregation.add_report(row, name, report.body)
-    assert aggregation.missing(row) == (NAMES[0],)
+    total = empty()
+    for name, report in list(zip(NAMES, reports(deltas()), strict=True))[1:]:
+        total.add(name, report.body)
+    assert total.missing == (NAMES[0],)
     with pytest.raises(ProtocolError) as refusal:
-        aggregation.open_sum(row, NUMBERS)
+        open_sum(total)
     assert refusal.value.name == "bloc-not-whole"
 
 
 def test_one_changed_byte_in_any_report_is_a_bad_sum() -> None:
-    row = round_row()
-    sealed = [report.body for report in reports(deltas(), row)]
+    sealed = [report.body for report in reports(deltas())]
     for place in (0, 700, len(sealed[2]) - 1):
-        spoiled, changed = round_row(), bytearray(sealed[2])
+        spoiled, changed = empty(), bytearray(sealed[2])
         changed[place] ^= 0x40
         for name, body in zip(NAMES, [*sealed[:2], bytes(changed), *sealed[3:]], strict=True):
-            spoiled = aggregation.add_report(spoiled, name, body)
+            spoiled.add(name, body)
         with pytest.raises(ProtocolError) as refusal:
-            aggregation.open_sum(spoiled, NUMBERS)
+            open_sum(spoiled)
         assert refusal.value.name == "bad-sum"
 
 
@@ -146,46 +111,71 @@ def test_a_sum_that_wraps_is_a_bad_sum() -> None:
     """Everybody sends the same large update under a codec that was tuned to a small one."""
     narrow = coding.next_codec(1e-4, 1.0, DEVICES, bytes(16))
     with pytest.raises(ProtocolError) as refusal:
-        aggregation.open_sum(whole([deltas()[0]] * DEVICES, narrow), NUMBERS)
+        open_sum(whole([deltas()[0]] * DEVICES, narrow), narrow)
     assert refusal.value.name == "bad-sum"
 
 
 def test_the_body_has_the_announced_size() -> None:
-    row = round_row()
-    assert {len(report.body) for report in reports(deltas(), row)} == {aggregation.body_size(row)}
+    assert {len(report.body) for report in reports(deltas())} == {empty().layout.size}
 
 
 # ---------------------------------------------------------------- the mean rule
-def opened(total: np.ndarray, contributors: int = 5) -> OpenedSum:
-    honest = aggregation.open_sum(whole(deltas()), NUMBERS)
-    return OpenedSum(
-        **{name: getattr(honest, name) for name in OpenedSum.__slots__}
-        | {"total": total, "contributors": contributors}
-    )
+def opened(total: np.ndarray | None = None, **changes: float) -> OpenedSum:
+    honest = open_sum(whole(deltas()))
+    return dataclasses.replace(honest, **({} if total is None else {"total": total}), **changes)
+
+
+def factor(beside: int, behind: int = 0, rate: float = 1.0) -> float:
+    return aggregation.factor(DEVICES, beside=beside, server_rate=rate, behind=behind)
 
 
 def test_two_blocs_side_by_side_add_up_to_the_mean_over_both() -> None:
     one, two = (np.sum(deltas(seed), axis=0) for seed in (1, 2))
     adapter = bytes(4 * NUMBERS)
-    for total in (one, two):
-        adapter = aggregation.apply(adapter, opened(total), aggregation.share(2 * DEVICES, 0))
+    for behind, total in enumerate((one, two)):
+        adapter = aggregation.apply(adapter, opened(total), factor(2, behind))
     mean = (one + two) / (2 * DEVICES)
     assert np.allclose(np.frombuffer(adapter, "<f4"), mean, atol=1e-7)
+
+
+def test_a_server_rate_never_moves_further_than_a_blocs_own_mean() -> None:
+    assert factor(4) * DEVICES == 0.25
+    assert factor(4, rate=2.0) * DEVICES == 0.5
+    assert factor(4, rate=9.0) * DEVICES == 1.0
+    assert factor(1, rate=2.0) * DEVICES == 1.0
 
 
 def test_a_stale_sum_counts_less() -> None:
     assert aggregation.share(10, 0) == 0.1
     assert aggregation.share(10, 3) == 0.05
-    assert aggregation.share(16, 0) * 16 == 1.0
+    assert [aggregation.staleness(behind, 4) for behind in (0, 3, 4, 7)] == [0, 0, 1, 4]
+    assert factor(4, behind=3) == factor(4)
+    assert factor(4, behind=6) == factor(4) / 2
+
+
+def test_few_steps_count_more_and_many_less_within_a_factor_of_two() -> None:
+    sums = {steps: opened(steps=steps * DEVICES) for steps in (1, 5, 10, 20, 100)}
+    corrections = [aggregation.step_correction(10.0, one) for one in sums.values()]
+    assert corrections == [2.0, 2.0, 1.0, 0.5, 0.5]
+    assert aggregation.step_correction(0.0, sums[5]) == 1.0, "nothing to compare with yet"
+    assert aggregation.step_correction(10.0, opened(steps=0)) == 1.0
+
+
+def test_the_mean_of_steps_follows_the_sums() -> None:
+    known = aggregation.mean_steps(0.0, opened(steps=10 * DEVICES))
+    assert known == 10.0
+    for _ in range(200):
+        known = aggregation.mean_steps(known, opened(steps=20 * DEVICES))
+    assert known == pytest.approx(20.0, abs=0.1)
 
 
 def test_without_contributors_the_bytes_stay() -> None:
     adapter = np.array([0.0, -0.0, 1e-40, 3.0] * (NUMBERS // 4), "<f4").tobytes()
-    assert aggregation.apply(adapter, opened(np.zeros(NUMBERS, np.float32), 0), 0.1) is adapter
+    assert aggregation.apply(adapter, opened(np.zeros(NUMBERS, np.float32), contributors=0), 0.1) is adapter
 
 
 def test_nobody_has_anything_to_give() -> None:
-    none = aggregation.open_sum(whole([np.zeros(NUMBERS, np.float32)] * DEVICES), NUMBERS)
+    none = open_sum(whole([np.zeros(NUMBERS, np.float32)] * DEVICES))
     assert none.contributors == 0
     assert not none.total.any()
     assert none.spread == none.mean_norm == 0.0

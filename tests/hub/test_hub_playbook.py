@@ -268,16 +268,14 @@ def test_memory_keeps_one_round_of_a_bloc_and_the_rows_keep_all() -> None:
     fleet = five(rounds=4)
     fleet.settle()
     assert len(rounds(fleet)) == 4
-    assert [row.round for row in fleet.hub.rounds.values()] == [4]
-    assert not fleet.hub.incoming
-    assert not fleet.hub.repeated
-    assert not fleet.hub.ready
-    shuffled = sorted(fleet.rows.values(), key=repr)
-    for rows in (shuffled, shuffled[::-1]):
-        fleet.hub._keep_round(rounds(fleet)[3])
-        for row in rows:
-            fleet.hub._keep(row)
-        assert [row.round for row in fleet.hub.rounds.values()] == [4]
+    hub = fleet.hub
+    assert [state.row.round for state in hub.rounds.values()] == [4]
+    assert not any(state.incoming or state.open for state in hub.rounds.values())
+    assert not any(contact.envelope or contact.counted for contact in hub.contacts.values())
+    for order in (1, -1):
+        fleet.rows = dict(sorted(fleet.rows.items(), key=repr)[::order])
+        fleet.start_hub()
+        assert [state.row.round for state in fleet.hub.rounds.values()] == [4]
 
 
 def test_a_device_that_slept_through_its_round_hears_its_end_after_days_and_restarts() -> None:
@@ -322,7 +320,7 @@ def test_a_second_campaign_after_a_closed_one() -> None:
     first = fleet.adapter().tobytes()
     fleet.hub_event(hub_effects.CampaignAsked(campaign(5, bloc=5, name="c2")))
     fleet.settle()
-    second = fleet.hub.campaigns["c2"]
+    second = fleet.hub.campaigns["c2"].row
     assert second.closed
     assert second.adapter_version == 2
     assert fleet.adapter().tobytes() == first
@@ -338,7 +336,7 @@ def test_two_campaigns_asked_at_once_run_one_after_the_other() -> None:
     for name in fleet.devices:
         fleet.boot(name)
     fleet.settle()
-    assert all(row.closed for row in fleet.hub.campaigns.values())
+    assert all(campaign.row.closed for campaign in fleet.hub.campaigns.values())
     assert all(len(device.seals) == 4 for device in fleet.devices.values())
 
 
