@@ -24,6 +24,7 @@ from firmware_sim.world.standins import HUB, name_of
 
 if TYPE_CHECKING:
     from firmware_sim.world.devices import Device
+    from firmware_sim.world.hubside import HubSide
     from firmware_sim.world.world import World
 
 Message = tuple[str, bytes]
@@ -38,6 +39,7 @@ _SMALL_BYTES: Final = 2_048  # below this a message takes its latency and no tra
 _FAN_DEVICES, _FAN_SECONDS = 512, 0.01  # how fast a broker hands one message to everybody
 _BACK_OFF_SECONDS: Final = 30.0
 _LATENCIES: Final = 1_024
+_PLACES: Final = _LATENCIES - 1
 _UNIT: Final = 2.0**-53
 
 
@@ -53,8 +55,8 @@ def latencies(kind: str) -> tuple[float, ...]:
 class Broker:
     """Between all devices and the hub. `up`: the broker itself runs."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, hub: HubSide) -> None:
+        self.world, self.hub, self.devices = world, hub, world.devices
         self.up = True
         self.dropped = self.lost = 0
         self.retained: dict[str, bytes] = {}  # of the hub; the states of devices are on them
@@ -65,8 +67,8 @@ class Broker:
     def from_device(self, device: Device, topic: str, payload: bytes) -> None:
         """A message of a connected device sets out."""
         world = self.world
-        size = len(payload)
-        world.recorder.up_bytes[device.number] += size + OVERHEAD_BYTES
+        number, size = device.number, len(payload)
+        world.recorder.up_bytes[number] += size + OVERHEAD_BYTES
         delay = self._delay(device, size, up=True)
         if delay < 0.0:
             return
@@ -74,22 +76,22 @@ class Broker:
             copies = world.faults.on_message(world, HUB, topic, payload)
             if copies is not None:
                 for extra, copy in copies:
-                    world.ask(world.now + delay + extra, device.number, TO_HUB, (topic, copy), device.link)
+                    world.ask(world.now + delay + extra, number, TO_HUB, (topic, copy), device.link)
                 return
         arrives = world.now + delay
         if arrives < device.up_until:
             arrives = device.up_until
         device.up_until = arrives
-        world.ask(arrives, device.number, TO_HUB, (topic, payload), device.link)
+        world.ask(arrives, number, TO_HUB, (topic, payload), device.link)
 
     def _delay(self, device: Device, size: int, *, up: bool) -> float:
         """Seconds that a message takes, or -1 for one that is lost."""
         link = device.parts.link
         word = device.draws.word()
-        if link.loss and (word >> 11) * _UNIT < link.loss:
+        if (word >> 11) * _UNIT < link.loss:
             self.lost += 1
             return -1.0
-        delay = latencies(link.kind)[word & (_LATENCIES - 1)]
+        delay = latencies(link.kind)[word & _PLACES]
         if size >= _SMALL_BYTES:
             seconds = link.transfer_seconds(self.world.now, size, up)
             delay += seconds * self.world.slowness(device.number)
@@ -98,14 +100,23 @@ class Broker:
 
     def to_hub(self, number: int, message: Message, generation: int, _sequence: int) -> None:
         """A message of a device is at the broker."""
-        if self.up and self.world.devices[number].link == generation:
-            self.give_hub(message)
+        if self.devices[number].link != generation or not self.up:
+            return
+        if self.hub.linked:
+            self.hub.arrived(message)
+        else:
+            self.keep_for_hub(message)
 
     def give_hub(self, message: Message) -> None:
         """To the hub, or into its queue."""
-        if self.world.hub.linked:
-            self.world.hub.arrived(*message)
-        elif len(self.for_hub) < HUB_MESSAGES_MAX:
+        if self.hub.linked:
+            self.hub.arrived(message)
+        else:
+            self.keep_for_hub(message)
+
+    def keep_for_hub(self, message: Message) -> None:
+        """Into the hub's queue, while there is room."""
+        if len(self.for_hub) < HUB_MESSAGES_MAX:
             self.for_hub.append(message)
         else:
             self.dropped += 1
@@ -116,7 +127,7 @@ class Broker:
         if retain:
             self.retained[topic] = payload
         if topic.startswith(_DEVICE_TOPICS):
-            self.to_device(self.world.devices[number_of(topic)], topic, payload)
+            self.to_device(self.devices[number_of(topic)], topic, payload)
         else:
             self.world.ask(self.world.now, 0, FANS_OUT, (topic, payload), self._generation)
 
@@ -162,7 +173,7 @@ class Broker:
 
     def arrives(self, number: int, message: Message, generation: int, _sequence: int) -> None:
         """A message is at its device; when the connection broke meanwhile, the broker still has it."""
-        device = self.world.devices[number]
+        device = self.devices[number]
         if device.link != generation:
             self._queue(device, message)
             return
@@ -184,7 +195,7 @@ class Broker:
 
     def connects(self, number: int, _argument: object, generation: int, _sequence: int) -> None:
         """A device's link comes up: its presence first, then all that waited for it."""
-        world, device = self.world, self.world.devices[number]
+        world, device = self.world, self.devices[number]
         if device.power != generation or device.connected or device.agent is None:
             return
         if not self.up or world.now < device.cut_until:
@@ -227,7 +238,7 @@ class Broker:
 
     def will(self, number: int, _argument: object, generation: int, _sequence: int) -> None:
         """A client has been silent for too long."""
-        device = self.world.devices[number]
+        device = self.devices[number]
         if self.up and device.link == generation and device.present:
             self._says_state(device, up=False)
 
@@ -245,27 +256,27 @@ class Broker:
         """The hub's link is up: what waited for it, then the retained states of all devices."""
         waiting, self.for_hub = self.for_hub, deque()
         while waiting:
-            if not self.world.hub.linked:  # it crashed on the way: what is left waits on
+            if not self.hub.linked:  # it crashed on the way: what is left waits on
                 self.for_hub.extendleft(reversed(waiting))
                 return
-            self.world.hub.arrived(*waiting.popleft())
-        for device in self.world.devices:
-            if not self.world.hub.linked:
+            self.hub.arrived(waiting.popleft())
+        for device in self.devices:
+            if not self.hub.linked:
                 return
             if device.present is not None:
                 self.world.events += 1
-                self.world.hub.arrived(*self._state(device))
+                self.hub.arrived(self._state(device))
 
     # ------------------------------------------------------------ restart
     def restart(self, seconds: float, *, with_memory: bool) -> None:
         """Down for so long. Without memory, sessions, queues and everything retained are gone."""
         self.up = False
         self._generation += 1
-        self.world.hub.link_down()
+        self.hub.link_down()
         if not with_memory:
             self.retained.clear()
             self.for_hub.clear()
-        for device in self.world.devices:
+        for device in self.devices:
             if not with_memory:
                 device.session, device.present = None, None
             if device.connected:
@@ -277,7 +288,7 @@ class Broker:
         """The broker runs again."""
         if generation == self._generation:
             self.up = True
-            self.world.hub.link_up()
+            self.hub.link_up()
 
 
 _DEVICE_TOPICS: Final = f"{topics.ROOT}/d/d"

@@ -174,8 +174,9 @@ class Fleet:
         if agent is None:
             return
         carry_out = self.carry_out
+        now = self._unix(device.number) if self._latest or self._offsets else START + self.world.now
         try:
-            for effect in agent.handle(self._unix(device.number), event):
+            for effect in agent.handle(now, event):
                 carry_out[type(effect)](device, effect)
         except PowerFailed:
             pass
@@ -183,12 +184,9 @@ class Fleet:
             self._forget(device)
 
     def _unix(self, number: int) -> float:
-        now = START + self.world.now
-        if self._latest or self._offsets:
-            now += self._offsets.get(number, 0.0)
-            if number in self._latest:
-                now = max(now, self._latest[number])
-                self._latest[number] = now
+        now = START + self.world.now + self._offsets.get(number, 0.0)
+        if number in self._latest:
+            self._latest[number] = now = max(now, self._latest[number])
         return now
 
     def set_clock_offset(self, device: Device, seconds: float) -> None:
@@ -229,10 +227,9 @@ class Fleet:
             self.handle(self.world.devices[number], self._fired[name])
 
     def _set_timer(self, device: Device, effect: effects.SetTimer) -> None:
-        world, name = self.world, effect.name
+        world, name, number = self.world, effect.name, device.number
         if name not in self._fired:
             self._fired[name] = effects.TimerFired(name)
-        number = device.number
         self._timers[name][number] = world.ask(world.now + effect.seconds, number, TIMER, name, 0)
 
     def _cancel_timer(self, device: Device, effect: effects.CancelTimer) -> None:

@@ -35,13 +35,14 @@ class RoundFiles:
 class Disk:
     """State, round files, carry, bundle and newest adapter of one device."""
 
-    __slots__ = ("_pending", "blob", "bundle", "bundle_bytes", "carry", "full", "round", "state")
+    __slots__ = ("_pending", "adapter", "blob", "bundle", "bundle_bytes", "carry", "full", "round", "state")
 
     def __init__(self) -> None:
         self.state = FRESH
         self.round: RoundFiles | None = None
         self.carry: Vector | None = None
         self.bundle = self.blob = b""  # hashes of what is here, whole and verified
+        self.adapter = b""  # the newest, shared by all who have it; the hub may have dropped it long ago
         self.bundle_bytes = 0  # of a bundle that is on its way
         self.full = False
         self._pending: RoundFiles | None = None

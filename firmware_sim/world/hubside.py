@@ -23,6 +23,7 @@ from hub.effects import BlocRow, CampaignRow, DeviceRow, Effect, Event, LedgerEn
 from hub.hub import Hub
 
 if TYPE_CHECKING:
+    from firmware_sim.world.broker import Message
     from firmware_sim.world.world import World
 
 CRASH_SECONDS: Final = 20.0  # median, of a crash that a fault at a transaction begins
@@ -165,13 +166,16 @@ class HubSide:
             self.machine.verifier = self.world.identities.verifier(self.revoked)
 
     # ------------------------------------------------------------ events
-    def arrived(self, topic: str, payload: bytes) -> None:
+    def arrived(self, message: Message) -> None:
         """A message from the broker; acknowledged unless the process dies before its rows are safe."""
-        try:
-            self._carry_out(effects.Received(topic, payload))
-        except PowerFailed as failed:
-            if failed.args:  # never acknowledged
-                self.world.broker.for_hub.appendleft((topic, payload))
+        assert self.machine is not None
+        wanted = self.machine.handle(self._now(), effects.Received(*message))
+        if wanted:
+            try:
+                self._carry_out(wanted)
+            except PowerFailed as failed:
+                if failed.args:  # never acknowledged
+                    self.world.broker.for_hub.appendleft(message)
 
     def campaign(self, row: CampaignRow) -> None:
         """The operator starts a campaign; one that a crash meets is asked for again."""
@@ -189,20 +193,15 @@ class HubSide:
             self._event(effects.TimerFired(name))
 
     def _event(self, event: Event) -> None:
+        assert self.machine is not None
         with suppress(PowerFailed):
-            self._carry_out(event)
+            self._carry_out(self.machine.handle(self._now(), event))
 
     def _now(self) -> float:
         now = START + self.world.now + self._offset
-        if self._latest > now:
-            return self._latest
-        return now
+        return now if now > self._latest else self._latest
 
-    def _carry_out(self, event: Event) -> None:
-        assert self.machine is not None
-        wanted = self.machine.handle(self._now(), event)
-        if not wanted:
-            return
+    def _carry_out(self, wanted: list[Effect]) -> None:
         saves = [effect for effect in wanted if type(effect) is effects.Save]
         if saves:
             self._transaction(wanted, saves)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
-from typing import Final, Literal, TypeVar, cast
+from typing import Final, Generic, Literal, TypeVar, cast
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,7 +30,8 @@ REAL_DEVICES_MAX: Final = (
     24  # up to here `auto` means real: an X25519 exchange costs 50 us, a round of eight 28 pairs
 )
 _VALID: Final = (int(START) - 86_400, int(START) + 3_660 * 86_400)
-_REMEMBERED: Final = 8_192  # envelopes in each half of a verifier's memory
+_REMEMBERED: Final = 2_048  # envelopes in each half of a verifier's memory
+_SPEAKERS: Final = 2_048
 _ROOT: Final = "/root"  # no subject has this name
 
 M = TypeVar("M", bound=Message)
@@ -124,60 +126,78 @@ class HashedSigner(Signer):
     @property
     def certificate(self) -> bytes:
         """Made when it is asked for: those of 100,000 devices would take 25 MB."""
-        key = _HashedKey(self._secret, name_of(self._number))
-        root = cast(Ed25519PrivateKey, _HashedKey(self._secret, _ROOT))
-        return sign_certificate(_certificate(self._number, key.public), root)
+        return _speaker(self._secret, self._number)[1]
 
     def sign(self, data: bytes) -> bytes:
         """A keyed hash for a signature."""
-        return _HashedKey(self._secret, name_of(self._number)).sign(data)
+        return _speaker(self._secret, self._number)[0].sign(data)
 
 
-_Known = tuple[Opened[Message], FleetCertificate]
+@lru_cache(maxsize=_SPEAKERS)
+def _speaker(secret: bytes, number: int) -> tuple[_HashedKey, bytes]:
+    """Key and certificate of a subject; those who spoke last are kept."""
+    key = _HashedKey(secret, name_of(number))
+    root = cast(Ed25519PrivateKey, _HashedKey(secret, _ROOT))
+    return key, sign_certificate(_certificate(number, key.public), root)
 
 
 class HashedVerifier(Verifier):
     """Checks hashed signatures. What it found good it knows again by the envelope's bytes, whoever asks."""
 
-    __slots__ = ("_memory", "_secret")
-    _memory: _Memory
+    __slots__ = ("_certificates", "_opened", "_secret")
+    _certificates: _Memory[FleetCertificate]
+    _opened: _Memory[tuple[Opened[Message], FleetCertificate]]
     _secret: bytes
 
     def __init__(self, secret: bytes, revoked: frozenset[int]) -> None:
         super().__init__(FLEET, _public_key(secret, _ROOT.encode()), revoked)
         object.__setattr__(self, "_secret", secret)
-        object.__setattr__(self, "_memory", _Memory())
+        object.__setattr__(self, "_certificates", _Memory())
+        object.__setattr__(self, "_opened", _Memory())
 
     def check_signature(self, public_key: bytes, signature: bytes, data: bytes) -> None:
         """InvalidSignature unless the holder of the world's secret signed `data` for this key."""
         if _mac(self._secret, public_key, data) != signature:
             raise InvalidSignature
 
+    def certificate(self, data: bytes, *, role: Role, now: float) -> FleetCertificate:
+        """As the shipped verifier's, and remembered, too."""
+        found = self._certificates.get(data)
+        if found is None:
+            found = super().certificate(data, role=role, now=now)
+            self._certificates.put(data, found)
+        else:
+            self.require_valid(found, role, now)
+        return found
+
     def open(self, data: bytes, kind: type[M], *, role: Role, now: float) -> Opened[M]:
         """As the shipped verifier's; role, revocation and validity are looked at every time."""
-        known = self._memory.get(data)
+        known = self._opened.get(data)
         if known is None or not isinstance(known[0].message, kind):
             opened = super().open(data, kind, role=role, now=now)
             who = self.certificate(decode_envelope(data).certificate, role=role, now=now)
-            self._memory.put(data, (cast(Opened[Message], opened), who))
+            self._opened.put(data, (cast(Opened[Message], opened), who))
             return opened
         self.require_valid(known[1], role, now)
         return cast(Opened[M], known[0])
 
 
-class _Memory:
+Known = TypeVar("Known")
+
+
+class _Memory(Generic[Known]):
     """The last few thousand outcomes: two halves, the older of which is forgotten as a whole."""
 
     __slots__ = ("_new", "_old")
 
     def __init__(self) -> None:
-        self._new: dict[bytes, _Known] = {}
-        self._old: dict[bytes, _Known] = {}
+        self._new: dict[bytes, Known] = {}
+        self._old: dict[bytes, Known] = {}
 
-    def get(self, data: bytes) -> _Known | None:
+    def get(self, data: bytes) -> Known | None:
         return self._new.get(data) or self._old.get(data)
 
-    def put(self, data: bytes, known: _Known) -> None:
+    def put(self, data: bytes, known: Known) -> None:
         if len(self._new) >= _REMEMBERED:
             self._old, self._new = self._new, {}
         self._new[data] = known

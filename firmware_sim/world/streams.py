@@ -56,6 +56,8 @@ class Stream:
         return median * math.exp(sigma * self.normal())
 
     def bytes(self, count: int) -> bytes:
+        if count <= 8:
+            return self.word().to_bytes(8, "little")[:count]
         words = b"".join(self.word().to_bytes(8, "little") for _ in range((count + 7) // 8))
         return words[:count]
 

@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from firmware_sim.world.world import World
 
 AGAIN_CHARGE: Final = 0.10  # an empty battery switches its device on again from here
-_QUARTERS: Final = (0.1875, 0.4375, 0.6875, 0.3125, 0.5625, 0.8125)  # where `judge` says another one, down and up
+_QUARTERS: Final = (
+    0.1875,
+    0.4375,
+    0.6875,
+    0.3125,
+    0.5625,
+    0.8125,
+)  # where `judge` says another one, down and up
 HISTORY_SECONDS: Final = 7 * DAY
 _SOON: Final = 1.0  # a look falls this much behind what it looks for, so that rounding cannot put it before
 

@@ -105,8 +105,9 @@ class Work:
 
     def _trained(self, device: Device, effect: Train, job: Job) -> Event:
         world = self.world
-        adapter = world.hub.blobs[effect.adapter]
-        learned = world.task.train(device.number, adapter, effect.steps, effect.data_seed, effect.depth)
+        learned = world.task.train(
+            device.number, device.disk.adapter, effect.steps, effect.data_seed, effect.depth
+        )
         try:
             device.disk.write_delta(effect.transcript, learned.delta)
         except StorageError as error:
@@ -269,7 +270,7 @@ class Work:
             data = world.faults.on_blob(world, device.number, data)
             if hashlib.sha256(data).digest() != sha256:  # edge_agent.downloads: of no use for good
                 return FetchFailed(sha256, "a download is not the announced file", True)
-        disk.blob = sha256
+        disk.blob, disk.adapter = sha256, data
         return Fetched(sha256)
 
     # ------------------------------------------------------------ reports

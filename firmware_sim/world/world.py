@@ -92,8 +92,8 @@ class World(Clock):
         self.fleet = Fleet(self)
         self.work = Work(self)
         self.surroundings = Surroundings(self)
-        self.broker = Broker(self)
         self.hub = HubSide(self)
+        self.broker = Broker(self, self.hub)
         self._handlers = self._table()
         self._begun = False
 
