@@ -57,6 +57,8 @@ class Agent(RoundWorker):
     # ------------------------------------------------------------ entry
     def handle(self, now: float, event: Event) -> list[Effect]:
         """The effects of `event` at Unix time `now`, in the order in which they must be carried out."""
+        if type(event) is effects.TimerFired and self.phase is Phase.OFFERED:
+            return list(self._ready_again(now, event))  # nearly all that a waiting device ever does
         done: list[Effect] = []  # what was decided before a refusal stands, in the state as on the disk
         try:
             key, argument = self._read(now, event)
