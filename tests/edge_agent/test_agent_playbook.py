@@ -348,17 +348,17 @@ def test_a_device_that_joins_when_the_blocs_are_formed_just_waits() -> None:
 
 def test_effects_decided_before_a_refusal_stand() -> None:
     """State in memory and on the disk are one, whatever goes wrong after a Save."""
-    scene = at(Phase.OFFERED)
+    scene = at(Phase.FETCHING)
 
     def handler(agent: Agent, now: float, event: object) -> Iterator[effects.Effect]:
         yield agent._save(boot=77)
         agent.verifier.open(b"\xc1", Open, role="hub", now=now)
 
-    row = TRANSITIONS[Phase.OFFERED]
+    row = TRANSITIONS[Phase.FETCHING]
     kept = row[effects.TimerFired]
     row[effects.TimerFired] = handler
     try:
-        out = scene.when(effects.TimerFired("ready"))
+        out = scene.when(effects.TimerFired("fetch"))
     finally:
         row[effects.TimerFired] = kept
     assert names(out) == ["Save", "Tell"]
