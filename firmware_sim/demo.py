@@ -19,7 +19,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from fedge.errors import DataError, UsageError
+from fedge.errors import DataError, UnavailableError, UsageError
 from fedge.io import assets, durable
 from fedge.io.model_source import resolve_model
 from fedge.io.wheels import Progress
@@ -28,13 +28,16 @@ from fedge.lora import AdapterLayout
 from fedge.messages import Training
 from fedge.release import MANIFEST, TOKENIZER, Manifest
 from firmware_sim import people as chitchat
+from firmware_sim.cgroups import Cgroups, Limits
 from firmware_sim.evaluation import PersonLoss, evaluate_people
 from firmware_sim.export import quantize_in_child
 from firmware_sim.fleet import LocalFleet
 from firmware_sim.outcome import Parts, result_of
+from firmware_sim.process_faults import ProcessFaults, draw_strikes, needs_lines
 from firmware_sim.report import write_report
 from firmware_sim.result import Result, read_result, write_result
 from firmware_sim.screen import Screen
+from firmware_sim.shaper import LINES, Line
 from firmware_sim.watch import Watch
 from hub.blobs import Blobs
 from hub.campaigns import Wish
@@ -58,6 +61,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model: str = "smollm2-135m"
     broker: str = "auto"
     reference: bool = False
+    faults: dict[str, Annotated[int, Meta(ge=1)]] = {}  # firmware_sim.process_faults: name -> how many
+    line: str = ""  # firmware_sim.shaper.LINES: how every device reaches the broker; empty = directly
+    memory_mb: Annotated[int, Meta(ge=0)] = 0  # of each agent, by cgroup; 0 = no bound
+    cpus: Annotated[float, Meta(ge=0)] = 0.0
 
     def numbers(self) -> dict[str, int]:
         """What the result repeats of it."""
@@ -73,6 +80,10 @@ def run(folder: Path, settings: Settings, *, resume: bool, fresh: bool) -> Resul
             field="devices",
             value=settings.devices,
             hint=f"Take a multiple of --bloc {settings.bloc}",
+        )
+    if settings.line and settings.line not in LINES:
+        raise UsageError(
+            "no such line", field="line", value=settings.line, hint=f"There are {', '.join(LINES)}"
         )
     settings = _enter(folder, settings, resume=resume, fresh=fresh)
     if (folder / RESULT).exists():
@@ -235,38 +246,71 @@ class _Demo:
         return found
 
     def _train(self, part: list[str]) -> tuple[Watch, LocalFleet]:
-        data = {name: self.folder / "people" / name / "train.jsonl" for name in part}
-        fleet = LocalFleet(self.folder / "fleet", data, broker=self.settings.broker)
-        watch, settings = Watch(self.settings.rounds), self.settings
+        settings = self.settings
+        fleet, watch = self._fleet(part), Watch(settings.rounds)
+        strikes = draw_strikes(settings.faults, part, settings.rounds * len(part), settings.seed)
+        faults = ProcessFaults(fleet, strikes)
         try:
-            self.broker = fleet.start_hub().broker
-            joined = 0
-
-            def progress(new: int) -> None:
-                nonlocal joined
-                joined += new
-                self.screen.bar("join", joined, len(part), f"{joined} devices joined with their own keys")
-
-            fleet.enroll(progress)
-            fleet.start_campaign(
-                self.bundle,
-                Wish(
-                    CAMPAIGN,
-                    rounds=settings.rounds,
-                    steps=settings.steps,
-                    bloc=settings.bloc,
-                    devices=settings.devices,
-                    seed=settings.seed,
-                ),
-            )
-            fleet.start_agents()
+            self._begin(fleet, len(part))
             while not watch.closed:
-                watch.take(fleet.look())
+                entries = fleet.look()
+                watch.take(entries)
+                for strike in faults.look(entries):
+                    self.screen.note(f"fault: {strike.fault} {strike.device}".rstrip())
                 watch.show(self.screen, fleet.figures())
                 time.sleep(_LOOK_SECONDS)
+            if faults.left:
+                self.screen.note(f"{faults.left} faults came too late or found nothing to strike")
         finally:
+            faults.end()
             fleet.stop()
         return watch, fleet
+
+    def _fleet(self, part: list[str]) -> LocalFleet:
+        settings = self.settings
+        line = LINES[settings.line] if settings.line else Line() if needs_lines(settings.faults) else None
+        return LocalFleet(
+            self.folder / "fleet",
+            {name: self.folder / "people" / name / "train.jsonl" for name in part},
+            broker=settings.broker,
+            line=line,
+            cgroups=self._cgroups(),
+            seed=settings.seed,
+        )
+
+    def _cgroups(self) -> Cgroups | None:
+        limits = Limits(self.settings.memory_mb, self.settings.cpus)
+        if limits == Limits():
+            return None
+        try:
+            return Cgroups.here(limits)
+        except UnavailableError as error:
+            self.screen.note(str(error))
+            return None
+
+    def _begin(self, fleet: LocalFleet, devices: int) -> None:
+        """The hub, the devices' homes, the campaign, the agents: whatever of it is not there yet."""
+        settings, joined = self.settings, 0
+        self.broker = fleet.start_hub().broker
+
+        def progress(new: int) -> None:
+            nonlocal joined
+            joined += new
+            self.screen.bar("join", joined, devices, f"{joined} devices joined with their own keys")
+
+        fleet.enroll(progress)
+        fleet.start_campaign(
+            self.bundle,
+            Wish(
+                CAMPAIGN,
+                rounds=settings.rounds,
+                steps=settings.steps,
+                bloc=settings.bloc,
+                devices=settings.devices,
+                seed=settings.seed,
+            ),
+        )
+        fleet.start_agents()
 
     def _reference(
         self, part: list[str], everyone: dict[str, Path], manifest: Manifest, training: Training

@@ -159,8 +159,8 @@ class Supervisor:
         for child in children:
             child.wanted = False
             if child.running and child.process is not None:
+                self.thaw(child.name)  # a frozen one would not hear it
                 child.process.terminate()
-                child.process.send_signal(signal.SIGCONT)  # a frozen one would not hear it
         deadline = time.monotonic() + STOP_SECONDS
         for child in children:
             if child.process is None:

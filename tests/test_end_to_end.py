@@ -26,7 +26,9 @@ from fedge.messages import Template
 from fedge.release import MANIFEST, Manifest
 from firmware_sim.evaluation import evaluate_people, pooled
 from firmware_sim.fleet import HUB, LocalFleet
+from firmware_sim.process_faults import FAULTS, ProcessFaults, Strike, draw_strikes
 from firmware_sim.result import decode_result
+from firmware_sim.shaper import LINES, Line
 from hub.blobs import Blobs
 from hub.campaigns import Wish
 from hub.effects import CampaignRow, LedgerEntry
@@ -57,9 +59,11 @@ def write_data(folder: Path, devices: int) -> dict[str, Path]:
 class Run:
     """One campaign of a real fleet, watched by its ledger."""
 
-    def __init__(self, folder: Path, bundle: Path, *, devices: int, broker: str = "auto") -> None:
+    def __init__(
+        self, folder: Path, bundle: Path, *, devices: int, broker: str = "auto", line: Line | None = None
+    ) -> None:
         self.folder, self.bundle = folder, bundle
-        self.fleet = LocalFleet(folder / "fleet", write_data(folder, devices), broker=broker)
+        self.fleet = LocalFleet(folder / "fleet", write_data(folder, devices), broker=broker, line=line)
         self.ledger: list[LedgerEntry] = []
 
     def start(self, wish: Wish) -> None:
@@ -68,11 +72,14 @@ class Run:
         self.fleet.start_campaign(self.bundle, wish)
         self.fleet.start_agents()
 
-    def until(self, done: Callable[[], object], seconds: float = SECONDS) -> None:
-        deadline = time.monotonic() + seconds
+    def until(self, done: Callable[[], object], faults: ProcessFaults | None = None) -> None:
+        deadline = time.monotonic() + SECONDS
         while not done():
             assert time.monotonic() < deadline, f"nothing new: {self.kinds()} {self.tails()}"
-            self.ledger += self.fleet.look()
+            new = self.fleet.look()
+            self.ledger += new
+            if faults is not None:
+                faults.look(new)
             time.sleep(0.05)
 
     def count(self, kind: str) -> int:
@@ -114,8 +121,10 @@ class Run:
 
 
 @contextmanager
-def running(folder: Path, bundle: Path, *, devices: int, broker: str = "auto") -> Iterator[Run]:
-    run = Run(folder, bundle, devices=devices, broker=broker)
+def running(
+    folder: Path, bundle: Path, *, devices: int, broker: str = "auto", line: Line | None = None
+) -> Iterator[Run]:
+    run = Run(folder, bundle, devices=devices, broker=broker, line=line)
     try:
         yield run
     finally:
@@ -190,13 +199,28 @@ def test_the_broker_killed_in_a_round(tmp_path: Path, tiny_bundle: Path) -> None
     with running(tmp_path, tiny_bundle, devices=5) as run:
         run.start(wish(5))
         run.until(lambda: run.count("report") >= 1)
-        hub = run.fleet.supervisor.children[HUB].process
-        assert hub is not None
-        brokers = [child for child in psutil.Process(hub.pid).children() if child.name() == "mosquitto"]
-        assert len(brokers) == 1
-        brokers[0].kill()
+        assert FAULTS["kill-broker"].begin(run.fleet, "")
         run.until(lambda: run.count("closed"))
         run.check(rounds=2, blocs=1, bloc=5)
+
+
+# ---------------------------------------------------------------- many faults at once
+@needs_mosquitto
+def test_a_fleet_on_mobile_lines_survives_what_was_drawn(tmp_path: Path, tiny_bundle: Path) -> None:
+    """Every round ends opened, by one report of every member, however often something was cut, killed or full."""
+    wanted = {"kill-agent": 2, "kill-worker": 1, "link-cut": 3, "restart-broker": 1, "kill-hub": 1}
+    with running(tmp_path, tiny_bundle, devices=5, line=LINES["lte"]) as run:
+        drawn = draw_strikes(wanted, list(run.fleet.data), reports=16, seed=11, delay_seconds=0.5)
+        full = Strike(after=7, delay=0.0, fault="full-disk", device="device-3", seconds=3.0)
+        faults = ProcessFaults(run.fleet, [*drawn, full])
+        run.start(wish(5, rounds=4))
+        run.until(lambda: run.count("closed"), faults=faults)
+        assert faults.left == 0
+        assert faults.counts == {**wanted, "full-disk": 1}
+        run.check(rounds=4, blocs=1, bloc=5)
+        assert run.fleet.shaper is not None
+        cut = [run.fleet.shaper.counts(device).cuts for device in run.fleet.data]
+        assert sum(cut) == wanted["link-cut"]
 
 
 # ---------------------------------------------------------------- the real model

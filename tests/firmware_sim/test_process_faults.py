@@ -25,13 +25,14 @@ from firmware_sim.shaper import Line
 from hub.effects import LedgerEntry
 
 DEVICES = [f"d{number}" for number in range(8)]
-# Writes a byte to a file whenever it is asked to, in a child process as an agent's worker is one.
+# Writes a file again and again, in a child process as an agent's worker is one, until its parent is gone.
 WRITER = """
-import pathlib, subprocess, sys, time
+import os, pathlib, subprocess, sys, time
 if len(sys.argv) == 2:
     subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[1], "child"], stdin=subprocess.DEVNULL)
 else:
-    while True:
+    parent = os.getppid()
+    while os.getppid() == parent:
         try:
             pathlib.Path("big").write_bytes(bytes(100_000))
             pathlib.Path("wrote").touch()
