@@ -105,7 +105,7 @@ class DeviceRules:
 
     # ------------------------------------------------------------ what leaves the device
     def _published(self, device: str, memory: DeviceMemory, effect: effects.Publish) -> None:
-        if effect.topic != topics.control(device):
+        if effect.payload is memory.state.ready or effect.topic != topics.control(device):
             return
         kind = tag(effect.payload)
         if kind == "ready" and effect.payload != memory.state.ready:

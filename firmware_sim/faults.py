@@ -26,21 +26,32 @@ QUIET_SHARE, QUIET_SECONDS_MAX = 0.4, 3 * 3_600.0  # of the run's end, in which 
 _REMEMBERED: Final = 8  # old announcements that may be replayed
 _AT_SAVE: Final = {"power-cut-at-save", "hub-crash-at-save"}
 _FORGEABLE: Final = {"open", "result", "announcement"}
+_COMMANDS: Final = topics.commands("x").removeprefix(f"{topics.ROOT}/d/x")  # ends of topics
+_RECEIPTS: Final = topics.receipts("x").removeprefix(f"{topics.ROOT}/d/x")
+_NONE: Final = (b"", b"")
 _Copies = list[tuple[float, bytes]]
 
 
 class Faults:
     """The faults of one run. `rates` by name of FAULTS; ConfigError for an unknown name, with the nearest one.
 
-    The world calls `arm` once and then the `on_…` hooks. `counts` says how often each fault has really struck.
+    The world calls `arm` once and then the `on_…` hooks. `counts` says how often each fault has really struck. After
+    `ends` seconds (`quiet_from(days)` when left out) nothing goes wrong any more.
     """
 
-    def __init__(self, rates: Mapping[str, float], seed: int, devices: int, days: float) -> None:
+    def __init__(
+        self,
+        rates: Mapping[str, float],
+        seed: int,
+        devices: int,
+        days: float,
+        ends: float | None = None,
+    ) -> None:
         self.rates = {name: float(rate) for name, rate in sorted(rates.items()) if rate > 0}
         for name in self.rates:
             _require_known(name)
         self.seed, self.devices = seed, devices
-        self.ends = days * DAY - min(QUIET_SHARE * days * DAY, QUIET_SECONDS_MAX)
+        self.ends = quiet_from(days) if ends is None else ends
         self.counts: dict[str, int] = dict.fromkeys(self.rates, 0)
         self._next: dict[str, list[tuple[float, int, Stream]]] = {}  # heaps: when, whom, its draws
         self._waiting: dict[int, list[tuple[str, Stream]]] = {}  # whom -> what will hit its next message
@@ -158,20 +169,24 @@ class Faults:
         if to == HUB:
             if not self._foreign and tampering.tag(payload) == "ready":
                 self._foreign = payload
-        elif tampering.tag(payload) == "announcement":
-            if payload not in self._old:
-                self._old.append(payload)
-        elif tampering.tag(payload) == "open":
-            _, newest = self._opens.get(to, (b"", b""))
-            if payload != newest:
+        elif topic.endswith(_COMMANDS):
+            if tampering.tag(payload) == "open" and payload != (newest := self._opens.get(to, _NONE)[1]):
                 self._opens[to] = newest, payload
+        elif not topic.endswith(_RECEIPTS) and payload not in self._old:
+            if tampering.tag(payload) == "announcement":
+                self._old.append(payload)
 
     def _older(self, number: int, kind: str, payload: bytes, draw: Stream) -> bytes:
         """What can be replayed behind a message: an older announcement, this device's OPEN before; empty for none."""
         if kind == "announcement":
             old = [known for known in self._old if known != payload]
             return draw.pick(old) if old else b""
-        return self._opens.get(number, (b"", b""))[0] if kind in ("open", "result") else b""
+        return self._opens.get(number, _NONE)[0] if kind in ("open", "result") else b""
+
+
+def quiet_from(days: float) -> float:
+    """When faults end in a run of so many days, seconds."""
+    return days * DAY - min(QUIET_SHARE * days * DAY, QUIET_SECONDS_MAX)
 
 
 def number_of(topic: str) -> int:

@@ -89,22 +89,18 @@ class WatchedWorld:
         fail, blocs = self.invariants.fail, 0
         for campaign in machine.campaigns.values():
             blocs += len(campaign.blocs)
-            training = sum(
-                machine.contacts[name].training for name in campaign.places if name in machine.contacts
-            )
-            if campaign.training != training:
-                fail("counts", f"the hub counts {campaign.training} devices in training, and {training} are")
+            training = 0
             for bloc in campaign.blocs.values():
-                contacts = (machine.contacts.get(member) for member in bloc.row.members)
-                ready = sum(contact is not None and contact.counted for contact in contacts)
+                contacts = [machine.contacts[name] for name in bloc.row.members if name in machine.contacts]
+                training += sum(contact.training for contact in contacts)
+                ready = sum(contact.counted for contact in contacts)
                 if bloc.ready != ready:
-                    fail(
-                        "counts",
-                        f"the hub counts {bloc.ready} ready members of {bloc.row.id}, and {ready} are",
-                    )
+                    fail("counts", f"the hub counts {bloc.ready} ready members of {bloc.row.id}, not {ready}")
+            if campaign.training != training:
+                fail("counts", f"the hub counts {campaign.training} devices in training, not {training}")
         if len(machine.rounds) > blocs:
             fail("bounded", f"the hub keeps {len(machine.rounds)} rounds of {blocs} blocs")
-        if max(len(machine.contacts), len(machine.devices)) > len(self.world.devices):
+        if len(machine.contacts) > len(self.world.devices):
             fail("bounded", f"the hub knows more devices than the {len(self.world.devices)} that there are")
         for state in machine.rounds.values():
             if not state.incoming.keys() <= set(state.missing):

@@ -7,6 +7,7 @@ from typing import Final
 
 import firmware_sim.cli.demo
 import firmware_sim.cli.studies
+import firmware_sim.cli.sweep
 import firmware_sim.cli.world
 
 _EPILOG: Final = """\
@@ -29,5 +30,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     words = sim.add_subparsers(dest="sim_command", metavar="WORD", required=True)
-    for part in (firmware_sim.cli.demo, firmware_sim.cli.world, firmware_sim.cli.studies):
+    for part in (
+        firmware_sim.cli.demo,
+        firmware_sim.cli.world,
+        firmware_sim.cli.studies,
+        firmware_sim.cli.sweep,
+    ):
         part.register(words)
