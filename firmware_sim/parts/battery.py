@@ -24,6 +24,8 @@ _SUN_UP: Final = DAWN + 12.0 / math.pi * math.asin(SUN_SHARE_MIN)
 _SUN_DOWN: Final = DUSK - 12.0 / math.pi * math.asin(SUN_SHARE_MIN)
 # A crossing is told when the level is passed by twice this, so that the next look does not find the same one again.
 CHARGE_STEP: Final = 1e-6
+_NEAR_HOURS: Final = 1e-9  # a cut this near is where we stand: rounding puts it on either side
+_CHANGE_SECONDS_MIN: Final = 0.001
 
 
 class Battery:
@@ -67,7 +69,7 @@ class Battery:
         self.settle(now, local_hour, watts)
         hours = self._flip_hours(local_hour)
         passed = self._passing_hours(local_hour, hours, watts, sorted(levels))
-        return min(hours, passed) * HOUR
+        return max(_CHANGE_SECONDS_MIN, min(hours, passed) * HOUR)
 
     def _passing_hours(self, hour: float, hours: float, watts: float, levels: list[float]) -> float:
         charge = self.charge
@@ -96,7 +98,8 @@ class Battery:
         cuts = self._cuts(watts)
         start, end = hour, hour + hours
         while start < end:
-            stop = min(end, min(start + until(start % 24.0, cut) for cut in cuts))
+            ahead = (until(start % 24.0, cut) for cut in cuts)
+            stop = min(end, start + min((hours for hours in ahead if hours > _NEAR_HOURS), default=24.0))
             yield start, stop
             start = stop
 

@@ -23,6 +23,7 @@ RESTART_HOURS: Final = 48.0  # mean time between restarts of a device that is al
 RESTART_SECONDS: Final = 90.0  # median of a restart
 STAY_SPREAD: Final = 0.5  # sigma of the logarithm of a device's error about how long it stays
 FLIP_SECONDS_MIN: Final = 10.0  # of one state
+FLIP_SECONDS_MAX: Final = 100 * 366 * DAY  # for ever
 _JITTER_HOURS: Final = 0.5  # by which the edge of a night or a day moves, either way
 
 
@@ -34,9 +35,18 @@ class Sessions:
     starts: array[float]
     ends: array[float]
 
+    @property
+    def share(self) -> float:
+        """Of the time that is on."""
+        return (sum(self.ends) - sum(self.starts)) / self.period
+
 
 class Presence(Protocol):
     """The engine asks `first` once, then `next` at each flip."""
+
+    @property
+    def share(self) -> float:
+        """Share of the time that this device is on in the long run."""
 
     def first(self, now: float) -> bool:
         """Whether the device is on at the world's start."""
@@ -61,7 +71,7 @@ class _Drawn:
         return max(0.0, self._until - now) * self._error
 
     def _lasts(self, now: float, seconds: float) -> float:
-        seconds = max(FLIP_SECONDS_MIN, seconds)
+        seconds = min(FLIP_SECONDS_MAX, max(FLIP_SECONDS_MIN, seconds))
         self._until = now + seconds
         self._error = self._stream.lognormal(1.0, STAY_SPREAD)
         return seconds
@@ -71,6 +81,10 @@ class Always(_Drawn):
     """On, except for restarts."""
 
     __slots__ = ()
+
+    @property
+    def share(self) -> float:
+        return 1.0 - RESTART_SECONDS / (RESTART_HOURS * HOUR)
 
     def first(self, now: float) -> bool:
         return True
@@ -98,11 +112,17 @@ class Renewal(_Drawn):
         self._on_seconds = plan.on_hours * HOUR * math.exp(between * tempo)
         self._off_seconds = plan.off_hours * HOUR * math.exp(fitted.PAUSE_SPREAD * between * slow)
 
+    @property
+    def share(self) -> float:
+        return self.plan.keep * self._whole_share
+
+    @property
+    def _whole_share(self) -> float:
+        on = self._on_seconds * math.exp(self._sigma(True) ** 2 / 2.0)
+        return on / (on + self._off_seconds * math.exp(self._sigma(False) ** 2 / 2.0))
+
     def first(self, now: float) -> bool:
-        on, off = self._sigma(True), self._sigma(False)
-        mean_on = self._on_seconds * math.exp(on * on / 2.0)
-        mean_off = self._off_seconds * math.exp(off * off / 2.0)
-        if not self._stream.chance(mean_on / (mean_on + mean_off)):
+        if not self._stream.chance(self._whole_share):
             self._rest = self._around(False) * self._stream.uniform()
             return False
         session = self._around(True)
@@ -144,13 +164,23 @@ class Windowed(_Drawn):
         super().__init__(plan, stream)
         self._zone, self._edge, self._inside = time_zone, 0.0, False
 
+    @property
+    def share(self) -> float:
+        window = span(self.plan.from_hour, self.plan.to_hour) / 24.0
+        outside = self._sessions_share * (1.0 - window) if self.plan.kind == "night" else 0.0
+        return self.plan.keep * window + outside
+
+    @property
+    def _sessions_share(self) -> float:
+        return self.plan.keep * self.plan.on_hours / (self.plan.on_hours + self.plan.off_hours)
+
     def first(self, now: float) -> bool:
         plan = self.plan
         self._inside = inside(local_hour(now, self._zone), plan.from_hour, plan.to_hour)
         self._edge = self._next_edge(now)
         if self._inside or plan.kind == "day":
             return self._inside
-        return self._stream.chance(plan.keep * plan.on_hours / (plan.on_hours + plan.off_hours))
+        return self._stream.chance(self._sessions_share)
 
     def next(self, now: float, on: bool) -> float:
         if now >= self._edge:
@@ -185,6 +215,8 @@ class Windowed(_Drawn):
         """The edge that follows `now`, moved by a draw: by less than a quarter of the shorter side, so none is lost."""
         goal = self.plan.to_hour if self._inside else self.plan.from_hour
         width = span(self.plan.from_hour, self.plan.to_hour)
+        if width in (0.0, 24.0):
+            return now + FLIP_SECONDS_MAX
         move = min(_JITTER_HOURS, width / 4.0, (24.0 - width) / 4.0)
         ahead = until(local_hour(now, self._zone), goal) + self._stream.uniform(-move, move)
         return now + ahead * HOUR
@@ -200,6 +232,10 @@ class Replayed(_Drawn):
         self._sessions = sessions
         days = max(1, int(sessions.period // DAY))
         self._offset = stream.integer(days) * DAY + time_zone * HOUR
+
+    @property
+    def share(self) -> float:
+        return self.plan.keep * self._sessions.share
 
     def first(self, now: float) -> bool:
         at, index = self._place(now)

@@ -57,6 +57,12 @@ class Thermal:
         if left <= 0.0:
             return self.celsius
         self._at = now
+        goal = ambient + self.idle + self.rise * load
+        if (
+            self.celsius < self.throttle_celsius and goal <= self.throttle_celsius
+        ):  # the usual case, a hundredth of the work
+            self.celsius = goal + (self.celsius - goal) * math.exp(-left / self.tau)
+            return self.celsius
         for part in self._course(ambient, load):
             if part.seconds >= left:
                 self.celsius = part.goal + (part.start - part.goal) * math.exp(-left / self.tau)
