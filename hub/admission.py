@@ -63,14 +63,13 @@ class Admission(RoundKeeper):
 
     def _awaited_from(self, device: str) -> Iterator[RoundState]:
         """The open rounds that wait for this device's report: one, unless it is in several campaigns."""
-        for campaign in self.campaigns.values():
-            bloc = campaign.places.get(device) if campaign.running else None
-            if bloc is not None and bloc.current is not None and device in bloc.current.missing:
+        for bloc in self._contact(device).blocs:
+            if bloc.current is not None and device in bloc.current.missing:
                 yield bloc.current
 
     def _recount(self, now: float, contact: Contact) -> Iterator[Effect]:
         """Whether this device counts for its bloc, or as a newcomer, may have changed."""
-        if self._device(contact.device).quarantined:
+        if contact.row is not None and contact.row.quarantined:
             contact.why = "quarantined"
         counts = bool(contact.envelope) and contact.here and not contact.why
         if counts == contact.counted:
@@ -78,7 +77,7 @@ class Admission(RoundKeeper):
         contact.counted = counts
         campaign = contact.campaign
         assert campaign is not None, "a READY is of a campaign"
-        bloc = campaign.places.get(contact.device)
+        bloc = contact.bloc_in(campaign)
         if bloc is not None:
             bloc.ready += 1 if counts else -1
             yield from self._bloc_changed(now, bloc)

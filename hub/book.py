@@ -32,6 +32,7 @@ class Contact:
     """What was heard last from one device. A bloc counts it while `counted`; `why` says why not."""
 
     __slots__ = (
+        "blocs",
         "board",
         "boot",
         "campaign",
@@ -41,6 +42,7 @@ class Contact:
         "envelope",
         "heard_at",
         "here",
+        "row",
         "spent",
         "training",
         "watched",
@@ -61,6 +63,15 @@ class Contact:
         self.training = False  # in an open round, here, and its report is not in
         self.spent = b""  # the prekey of the last OPEN: a READY that has it is of the past
         self.board = ""
+        self.blocs: tuple[BlocState, ...] = ()  # one of each campaign that it is a member in
+        self.row: DeviceRow | None = None
+
+    def bloc_in(self, campaign: CampaignState) -> BlocState | None:
+        """Its bloc in a campaign."""
+        for bloc in self.blocs:
+            if bloc.campaign is campaign:
+                return bloc
+        return None
 
 
 class RoundState:
@@ -147,7 +158,6 @@ class CampaignState:
         "live",
         "newcomers",
         "opened",
-        "places",
         "row",
         "running",
         "training",
@@ -159,7 +169,6 @@ class CampaignState:
         self.commitment = formation.beacon_commitment(row.beacon_secret)
         self.beacons: dict[int, bytes] = {}  # by formation
         self.blocs: dict[str, BlocState] = {}
-        self.places: dict[str, BlocState] = {}  # the bloc of each device
         self.newcomers: dict[str, Contact] = {}  # READY, here, and in no bloc
         self.forms_at = 0.0  # when newcomers may be formed again
         self.opened = 0  # sums, over all blocs
@@ -181,6 +190,11 @@ class CampaignState:
     @property
     def mean_opened(self) -> float:
         return self.opened / len(self.blocs) if self.blocs else 0.0
+
+    @property
+    def places(self) -> dict[str, BlocState]:
+        """The bloc of each device, worked out anew: for reports and checks."""
+        return {member: bloc for bloc in self.blocs.values() for member in bloc.row.members}
 
     def over(self, now: float) -> bool:
         """Whether its time is up: nothing more is opened."""
@@ -204,7 +218,6 @@ class Book:
         self.epoch, self.sequence = 0, 0
         self.campaigns: dict[str, CampaignState] = {}
         self.rounds: dict[bytes, RoundState] = {}  # the newest of each bloc
-        self.devices: dict[str, DeviceRow] = {}
         self.contacts: dict[str, Contact] = {}
         self.refused: dict[tuple[str, str], float] = {}  # (device, name) of refusals -> when it was told
         self._refused_order: deque[tuple[float, tuple[str, str]]] = deque()
@@ -241,7 +254,7 @@ class Book:
             case RoundRow():
                 self._keep_round(row)
             case DeviceRow():
-                self.devices[row.id] = row
+                self._contact(row.id).row = row
             case LedgerEntry():
                 pass  # the ledger is for people; no decision reads it
 
@@ -261,8 +274,10 @@ class Book:
             campaign.opened += row.opened
             campaign.done += known.done
             campaign.forms_at = max(campaign.forms_at, row.formed_at + campaign.row.form_seconds)
+            alone = (known,)  # one tuple for all members that are in no other bloc
             for member in row.members:
-                campaign.places[member] = known
+                contact = self._contact(member)
+                contact.blocs = (*contact.blocs, known) if contact.blocs else alone
             return
         was = known.done
         campaign.opened += row.opened - known.row.opened
@@ -288,7 +303,8 @@ class Book:
         return Save(row)
 
     def _device(self, device: str) -> DeviceRow:
-        return self.devices.get(device) or DeviceRow(id=device)
+        known = self.contacts.get(device)
+        return known.row if known is not None and known.row is not None else DeviceRow(id=device)
 
     def _contact(self, device: str) -> Contact:
         found = self.contacts.get(device)

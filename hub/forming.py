@@ -45,6 +45,9 @@ class Former(Admission):
         yield self._save(msgspec.structs.replace(row, formations=number, formed_at=row.formed_at or now))
         for card in formation.make_cards(row.id, blocs, names, beacon=beacon, formation=number):
             yield from self._found(now, campaign, card)
+        campaign.newcomers = {
+            name: contact for name, contact in campaign.newcomers.items() if not contact.bloc_in(campaign)
+        }
         campaign.forms_at = now + row.form_seconds
         self._at(campaign.forms_at, self._form_again, campaign)
         for name in names:  # all of them before the first is opened, so that their order decides
@@ -54,11 +57,12 @@ class Former(Admission):
 
     def _found(self, now: float, campaign: CampaignState, card: BlocCard) -> Iterator[Effect]:
         """One bloc begins to be."""
+        contacts = [campaign.newcomers[member] for member in card.members]
         yield self._save(
             BlocRow(
                 campaign=card.campaign,
                 id=card.bloc,
-                members=card.members,
+                members=tuple(contact.device for contact in contacts),  # one string for each device
                 card=self.signer.seal(card),
                 formed_at=now,
                 formation=card.formation,
@@ -73,9 +77,7 @@ class Former(Admission):
             "devices": card.blocs * len(card.members),
         }
         yield Save(LedgerEntry(at=now, kind="formed", campaign=card.campaign, bloc=card.bloc, detail=detail))
-        for member in card.members:
-            del campaign.newcomers[member]
-        campaign.blocs[card.bloc].ready = len(card.members)
+        campaign.blocs[card.bloc].ready = len(contacts)
 
 
 def _candidate(contact: Contact) -> Candidate:

@@ -171,7 +171,7 @@ class Hub(Former):
         for state in self._awaited_from(contact.device):
             yield from self._say_open(state, only=contact.device)
         for campaign in self.campaigns.values() if not contact.envelope else ():
-            bloc = campaign.places.get(contact.device)
+            bloc = contact.bloc_in(campaign)
             if bloc is not None and bloc.current is not None and not bloc.current.open:
                 yield effects.Publish(topics.commands(contact.device), bloc.current.row.result)
 
@@ -243,6 +243,7 @@ class Hub(Former):
         for contact in [one for one in self.contacts.values() if one.campaign is campaign]:
             contact.envelope = b""
             yield from self._recount(now, contact)
+        campaign.newcomers, campaign.waiting, campaign.held = {}, [], []
         for other in [other for other in self.campaigns.values() if not other.row.closed]:
             yield from self._announce_anew(now, other)  # devices that were bound to the closed one may join
 
@@ -277,7 +278,7 @@ class Hub(Former):
         contact.envelope = b""
         yield from self._recount(now, contact)
         contact.campaign = campaign
-        if contact.device not in campaign.places:
+        if contact.bloc_in(campaign) is None:
             entry = LedgerEntry(at=now, kind="ready", campaign=campaign.row.id, device=contact.device)
             yield Save(entry)
 
@@ -297,7 +298,7 @@ class Hub(Former):
 
     def _spent_ready(self, now: float, campaign: CampaignState, contact: Contact) -> Iterator[Effect]:
         """A READY of a prekey that a round was opened with: its sender missed the OPEN, or all of the round."""
-        bloc = campaign.places.get(contact.device)
+        bloc = contact.bloc_in(campaign)
         if bloc is None or bloc.current is None:
             raise ProtocolError(
                 "replayed-ready", "a prekey is for one round", field="device", value=contact.device
