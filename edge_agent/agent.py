@@ -245,7 +245,7 @@ class Agent(RoundWorker):
         return ready.stay_seconds != self.stay_seconds or ready.facts != self._public_facts()
 
     def _public_facts(self) -> Facts:
-        pace = self.state.seconds_per_step
+        pace = self.state.seconds_per_step or self.facts.seconds_per_step  # measured, or as the driver gauged it
         return (
             msgspec.structs.replace(self.facts, seconds_per_step=pace)
             if pace != self.facts.seconds_per_step

@@ -38,6 +38,7 @@ class Downloads:
     ) -> None:
         self._folder, self._report, self._private = folder, report, private
         self._stopping = threading.Event()
+        self._ended = False
         self._fetcher = Fetcher(folder, tls, self._stopping)
         self._wanted: queue.SimpleQueue[FetchBundle | FetchBlob | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="downloads", daemon=True)
@@ -53,10 +54,18 @@ class Downloads:
 
     def stop(self) -> None:
         """Give up what is under way; it resumes at the next start."""
+        self._ended = True
         self._stopping.set()
         self._wanted.put(None)
         if self._thread.is_alive():
             self._thread.join(1.0)
+
+    def hold(self, held: bool) -> None:
+        """While held, what is under way is given up and nothing new is begun; what is here already stays."""
+        if held:
+            self._stopping.set()
+        elif not self._ended:
+            self._stopping.clear()
 
     def want(self, effect: FetchBundle | FetchBlob) -> None:
         """Queue a request."""
@@ -71,7 +80,7 @@ class Downloads:
         return self._fetcher.path(sha256)
 
     def _run(self) -> None:
-        while (effect := self._wanted.get()) is not None and not self._stopping.is_set():
+        while (effect := self._wanted.get()) is not None and not self._ended:
             self._report(self._carry_out(effect))
 
     def _carry_out(self, effect: FetchBundle | FetchBlob) -> Fetched | FetchFailed:

@@ -26,10 +26,11 @@ from edge_agent.downloads import Downloads
 from edge_agent.effects import Effect, Event
 from edge_agent.journal import Journal
 from edge_agent.policy import load_policy
-from edge_agent.resources import measure, threads_allowed
+from edge_agent.resources import measure, memory_is_bounded, memory_of, threads_allowed
 from edge_agent.round_files import Rounds
 from edge_agent.settings import Settings
 from edge_agent.stats import Stats
+from edge_agent.surroundings import Surroundings
 from edge_agent.work import Work
 from edge_agent.worker_process import Reply
 from fedge import __version__, topics
@@ -86,11 +87,11 @@ class Driver:
         home = settings.home
         self._identity = home.who()
         self._policy = load_policy(home.policy)
-        self._facts = measure(settings.data)
         self._clock = Clock(home.clock, self._identity.valid())
         self._journal = Journal(home.state)
         self._rounds = Rounds(home)
         self._stats = Stats(home.stats)
+        self._surroundings = Surroundings(home, self._policy, measure(settings.data), self._stats.figures)
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._timers: dict[str, float] = {}
         self._agent: Agent | None = None
@@ -142,6 +143,7 @@ class Driver:
         """Serve until told to stop."""
         try:
             if self._wait_for_clock():
+                self._say_what_is_lacking()
                 self._start_machine()
                 if self._failure is not None:
                     raise self._failure  # a service that cannot begin says so and ends
@@ -163,6 +165,12 @@ class Driver:
                 continue
         self._clock.keep(every_seconds=0)
         return True
+
+    def _say_what_is_lacking(self) -> None:
+        if self._policy.memory_mb_max and not memory_is_bounded():
+            self._tell(
+                "the kernel enforces no memory limit here: this agent keeps to memory_mb_max by itself"
+            )
 
     def _loop(self) -> None:
         while True:
@@ -189,6 +197,7 @@ class Driver:
             self._handle(effects.Connected())
         elif isinstance(item, _LinkDown):
             self._link_problem = item.reason
+            self._surroundings.uplink.cut()
             self._tell(item.reason)
             self._handle(effects.Disconnected())
         elif isinstance(item, _WorkerSaid):
@@ -196,6 +205,8 @@ class Driver:
             if event is not None:
                 self._handle(event)
         else:
+            if isinstance(item, effects.Received) and item.topic == topics.receipts(self._identity.device):
+                self._surroundings.uplink.answered(time.monotonic())
             self._handle(item)
 
     def _fire_timers(self) -> None:
@@ -217,10 +228,26 @@ class Driver:
         self._work.tend()
         self._clock.keep()
         self._write_stats()
+        self._look_around()
         if self._agent is None and now >= self._recover_at:
             self._start_machine()
             if self._agent is not None and self._link.is_up:
                 self._take(_LinkUp())
+
+    def _look_around(self) -> None:
+        """The machine hears of its conditions when they have changed."""
+        agent, pid = self._agent, self._work.pid
+        if agent is None:
+            return
+        found = self._surroundings.look(
+            self._clock.now(),
+            rounds_spent=agent.state.rounds_opened,
+            busy=self._work.busy,
+            worker_mb=memory_of(pid).anonymous_kb // 1_024 if pid else 0,
+        )
+        if found is not None:
+            self._downloads.hold(not found.allowed)
+            self._handle(found)
 
     # ------------------------------------------------------------ the machine
     def _start_machine(self) -> None:
@@ -228,12 +255,20 @@ class Driver:
             state = self._journal.load()
             who = self._identity
             self._agent = Agent(
-                who.device, who.signer(), who.verifier(), self._policy, self._facts, state, os.urandom
+                who.device,
+                who.signer(),
+                who.verifier(),
+                self._policy,
+                self._surroundings.facts,
+                state,
+                os.urandom,
             )
             self._rounds.sweep(self._agent.transcript)
         except StorageError as error:
             self._power_cut(error)
         self._handle(effects.Started())
+        self._surroundings.forget()
+        self._look_around()
 
     def _handle(self, event: Event) -> None:
         if self._agent is None:
@@ -274,6 +309,7 @@ class Driver:
             self._tell(str(error))
         else:
             self._publish(effects.Publish(effect.topic, frame))
+            self._surroundings.uplink.sent(time.monotonic(), len(frame))
 
     def _begin(self, failed: Event | None) -> None:
         if failed is not None:
@@ -305,7 +341,9 @@ class Driver:
 
     def _write_stats(self) -> None:
         figures, agent = self._stats.figures, self._agent
-        self._stats.count_bytes(self._link.bytes_up, self._link.bytes_down, self._downloads.bytes_down)
+        self._stats.count_bytes(
+            self._clock.now(), self._link.bytes_up, self._link.bytes_down, self._downloads.bytes_down
+        )
         figures.link_up, figures.problem = self._link.is_up, self._link_problem
         figures.phase = agent.phase.value if agent is not None else "waiting for the disk"
         if agent is not None:

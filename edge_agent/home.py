@@ -4,6 +4,7 @@ identity.json   who it is, with its Ed25519 key          state.bin    the machin
 tls.pem .key    its certificate for broker and HTTPS      policy.toml  what the owner allows
 authority.pem   the one authority it trusts               rounds/      deltas and reports of the running round
 blobs/          content-addressed downloads               stats.json   figures for people
+presence        when it was on in the last week           clock        the latest time that was believed
 """
 
 from __future__ import annotations
@@ -94,6 +95,10 @@ class Home:
     @property
     def clock(self) -> Path:
         return self.folder / "clock"
+
+    @property
+    def presence(self) -> Path:
+        return self.folder / "presence"
 
     @property
     def stats(self) -> Path:

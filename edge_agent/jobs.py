@@ -62,15 +62,15 @@ class Job(
 class Train(Job, frozen=True):
     """Train `steps` local steps and write the delta (little-endian float32, layout order) to the file `delta`.
 
-    `carry`, when named, is a delta of the same form that is added to it. The order of rows follows `data_seed`;
-    `start` batches of that order are passed over.
+    Only the B of the top `depth` layers move, 0 = all. The order of rows follows `data_seed`; `start` batches of that
+    order are passed over.
     """
 
     delta: str
     steps: int
     data_seed: int = 0
     start: int = 0
-    carry: str = ""
+    depth: int = 0
 
 
 class Evaluate(Job, frozen=True):

@@ -40,6 +40,10 @@ class Figures(msgspec.Struct, kw_only=True):
     round_up_bytes: list[int] = []  # MQTT payload of each round, READY included
     round_loss: list[float] = []  # mean training loss per token of each round trained here
     seconds_per_step: float = 0.0
+    upload_kbit: float = 0.0  # smoothed; 0 = not known yet
+    day: int = 0  # since 1970, UTC
+    day_bytes: int = 0  # of that day, up and down, downloads included
+    why_not: str = ""  # why the device may not work now; for its owner alone
 
 
 class Stats:
@@ -53,10 +57,15 @@ class Stats:
             self.figures.mqtt_down_bytes,
             self.figures.https_down_bytes,
         )
-        self._round_from = 0
+        self._round_from = self._counted = 0
 
-    def count_bytes(self, mqtt_up: int, mqtt_down: int, https_down: int) -> None:
-        """Bytes moved by this process so far."""
+    def count_bytes(self, now: float, mqtt_up: int, mqtt_down: int, https_down: int) -> None:
+        """Bytes moved by this process so far, at Unix time `now`."""
+        moved, figures = mqtt_up + mqtt_down + https_down, self.figures
+        if figures.day != (today := int(now // 86_400)):
+            figures.day, figures.day_bytes = today, 0
+        figures.day_bytes += moved - self._counted
+        self._counted = moved
         up, down, https = self._base
         self.figures.mqtt_up_bytes = up + mqtt_up
         self.figures.mqtt_down_bytes = down + mqtt_down

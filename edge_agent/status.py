@@ -68,6 +68,8 @@ def lines(status: Status) -> Iterator[str]:
     if figures is None:
         yield "rounds     none yet"
         return
+    if figures.why_not and status.running:
+        yield f"work       not now: {figures.why_not}"
     phase = figures.phase if status.running else f"{figures.phase}, when it last ran"
     yield f"campaign   {figures.campaign or 'none yet'} ({phase})"
     yield f"link       {'up' if figures.link_up and status.running else figures.problem or 'down'}"

@@ -83,6 +83,7 @@ class Work:
             delta=str(home.delta(effect.transcript)),
             steps=effect.steps,
             data_seed=effect.data_seed,
+            depth=effect.depth,
         )
         return self._submit(effect.transcript, job)
 

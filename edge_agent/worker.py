@@ -60,10 +60,7 @@ def train(job: Train, emit: Emit) -> Trained:
     began = time.monotonic()
     outcome = _round(job, trainer, dataset, bundle.manifest.pad_id, emit)
     seconds = time.monotonic() - began
-    delta = outcome.delta
-    if job.carry:
-        delta = delta + _floats(Path(job.carry), trainer.layout.numbers, None)
-    durable.write_bytes(Path(job.delta), delta.astype("<f4").tobytes())
+    durable.write_bytes(Path(job.delta), outcome.delta.astype("<f4").tobytes())
     return Trained(
         loss_sum=outcome.loss_sum,
         labels=outcome.labels,
@@ -99,6 +96,7 @@ def _round(job: Train, trainer: Trainer, dataset: Dataset, pad_id: int, emit: Em
         a_seed=training.a_seed,
         lr=training.rate,
         weight_decay=training.weight_decay,
+        depth=job.depth,
         after_step=after_step,
     )
 

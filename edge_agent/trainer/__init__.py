@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from edge_agent.trainer.evaluate import by_row
 from edge_agent.trainer.optimizer import AdamW
-from edge_agent.trainer.sessions import check_runtime, threads_allowed
+from edge_agent.trainer.sessions import check_runtime
 from edge_agent.trainer.step import StepResult, Streamer, require_finite
-from fedge.errors import DataError
+from fedge.errors import ConfigError, DataError
+from fedge.lora import AdapterLayout
 
 __all__ = ["AdamW", "BatchArrays", "RoundOutcome", "StepResult", "Trainer", "train_round"]
 
@@ -69,7 +70,9 @@ class Trainer:
         self.layout = bundle.layout
         self._pause = pause
         self._seed: bytes | None = None
-        self._streamer = Streamer(bundle, threads_allowed(threads))
+        if threads < 1:  # to the runtime, 0 would mean all processors
+            raise ConfigError("thread count must be at least 1", field="threads", value=threads)
+        self._streamer = Streamer(bundle, threads)
         self.freeze_a(a_seed)
 
     def freeze_a(self, seed: bytes) -> None:
@@ -82,13 +85,18 @@ class Trainer:
         zero = {name: np.zeros(shape, np.float32) for name, shape in self.layout.b_shapes.items()}
         self._streamer.reserve(rows, tokens, {**self._a, **zero})
 
-    def steps(self, batch: BatchArrays, b: Mapping[str, Floats]) -> Generator[None, None, StepResult]:
+    def steps(
+        self, batch: BatchArrays, b: Mapping[str, Floats], depth: int = 0
+    ) -> Generator[None, None, StepResult]:
         """`loss_and_gradients` in pieces, for a driver of its own."""
-        return self._streamer.step(batch.ids, batch.mask, batch.labels, {**self._a, **b})
+        return self._streamer.step(batch.ids, batch.mask, batch.labels, {**self._a, **b}, depth)
 
-    def loss_and_gradients(self, batch: BatchArrays, b: Mapping[str, Floats]) -> StepResult:
-        """Loss sum, label count and gradients of the mean loss by B. Raises DataError, ConfigError."""
-        return self._drain(self.steps(batch, b))
+    def loss_and_gradients(self, batch: BatchArrays, b: Mapping[str, Floats], depth: int = 0) -> StepResult:
+        """Loss sum, label count and gradients of the mean loss by the B of the top `depth` layers, 0 = all.
+
+        Raises DataError, ConfigError.
+        """
+        return self._drain(self.steps(batch, b, depth))
 
     def row_losses(self, batch: BatchArrays, b: Mapping[str, Floats]) -> tuple[NDArray[np.float64], Ints]:
         """For each of the B rows: the sum of its losses in nats, and how many labels it has."""
@@ -114,22 +122,25 @@ def train_round(
     a_seed: bytes,
     lr: float,
     weight_decay: float = 0.01,
+    depth: int = 0,
     after_step: Callable[[int, StepResult], None] | None = None,
 ) -> RoundOutcome:
     """One step for each of `batches`, from `b_vector`, which is left as it is. Rule `ffa`: only B moves.
 
+    With a `depth`, only the B of so many layers from the top; a step is cheaper by the backward pass below them.
     Raises DataError when no batch has a label, ConfigError when loss or delta is not finite.
     """
     trainer.freeze_a(a_seed)
     vector = b_vector.astype(np.float32)
-    optimizer = AdamW(trainer.layout.numbers, rate=lr, weight_decay=weight_decay)
+    moving, names = _top(trainer.layout, vector, depth)
+    optimizer = AdamW(moving.size, rate=lr, weight_decay=weight_decay)
     loss_sum, labels, rows, steps, skipped = 0.0, 0, 0, 0, 0
     for batch in batches:
         if not (batch.labels >= 0).any():
             skipped += 1
             continue
-        result = trainer.loss_and_gradients(batch, trainer.layout.split(vector))
-        optimizer.step(vector, trainer.layout.join(result.gradients))
+        result = trainer.loss_and_gradients(batch, trainer.layout.split(vector), depth)
+        optimizer.step(moving, np.concatenate([result.gradients[name].reshape(-1) for name in names]))
         loss_sum, labels = loss_sum + result.loss_sum, labels + result.labels
         rows, steps = rows + len(batch.ids), steps + 1
         if after_step is not None:
@@ -141,3 +152,10 @@ def train_round(
     delta = vector - b_vector
     require_finite("delta", float(np.abs(delta).max()))
     return RoundOutcome(delta, loss_sum, labels, rows, steps, skipped)
+
+
+def _top(layout: AdapterLayout, vector: Floats, depth: int) -> tuple[Floats, list[str]]:
+    """The part of `vector` that belongs to the top `depth` layers, 0 = all, as a view, and the names of its B."""
+    layers = min(depth or layout.layers, layout.layers)
+    numbers = layout.numbers // layout.layers * layers  # every layer has as many
+    return vector[layout.numbers - numbers :], list(layout.b_shapes)[-layers * len(layout.modules) :]

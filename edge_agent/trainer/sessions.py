@@ -1,13 +1,11 @@
 """The runtime's sessions, set so that a device's memory stays a stated figure.
 
 One arena is shared by all sessions and grows by what is asked for, never by doubling; no memory pattern is kept per
-shape; what frees memory runs first. Threads are counted from the processors that this process may use, and never
-spin. Only the CPU provider.
+shape; what frees memory runs first. Threads are as many as the agent allows, and never spin. Only the CPU provider.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -16,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from fedge.errors import ConfigError, UnsupportedError
+from fedge.errors import UnsupportedError
 
 Tensor = NDArray[np.generic]
 Floats = NDArray[np.float32]
@@ -24,13 +22,6 @@ _AS_REQUESTED: Final = 1  # arena_extend_strategy kSameAsRequested
 _DEAD_BYTES_MAX: Final = 65_536  # a freed piece is split when more than this would lie idle; saves 4 MB
 _QUIET: Final = 3  # errors only
 _shared: list[str] = []  # the environment's arena is registered once for a process
-
-
-def threads_allowed(wanted: int) -> int:
-    """`wanted`, but no more than the processors this process may use. Raises ConfigError below one."""
-    if wanted < 1:
-        raise ConfigError("thread count must be at least 1", field="threads", value=wanted)
-    return min(wanted, len(os.sched_getaffinity(0)))
 
 
 def check_runtime(minimum: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +22,12 @@ from edge_agent.trainer.sessions import Floats, Graph, Tensor
 from fedge.errors import ConfigError, DataError
 
 Ints = NDArray[np.int64]
+_NOTHING: Final = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`loss_sum` in nats over `labels` tokens; `gradients` of the *mean* loss, by name of B."""
+    """`loss_sum` in nats over `labels` tokens; `gradients` of the *mean* loss, by name of each B that trains."""
 
     loss_sum: float
     labels: int
@@ -52,16 +54,16 @@ class Streamer:
         self._b_gradients = tuple(name for name in self._backward.outputs if name.endswith(".B"))
 
     def features(
-        self, ids: Ints, mask: Ints, adapter: Mapping[str, Floats], kept: list[Floats] | None = None
+        self, ids: Ints, mask: Ints, adapter: Mapping[str, Floats], kept: dict[int, Floats] | None = None
     ) -> Generator[None, None, tuple[Floats, dict[str, Floats]]]:
-        """The last block's output [B, S, D] and the aux tensors; `kept` collects each block's input."""
+        """The last block's output [B, S, D] and the aux tensors; `kept` gets the input of each block that it names."""
         outer = self._tensors(self._outer)
         aux = self._prologue.run({"input_ids": ids, "attention_mask": mask, **outer})
         x = aux.pop("x")
         yield
         for i in range(self._bundle.manifest.layers):
-            if kept is not None:
-                kept.append(x)
+            if kept is not None and i in kept:
+                kept[i] = x
             x = self._forward.run({"x": x, **aux, **self._block(i, adapter)}, ("y",))["y"]
             self._bundle.let_go(self._spans[i])
             yield
@@ -78,13 +80,18 @@ class Streamer:
         return result.nll
 
     def step(
-        self, ids: Ints, mask: Ints, labels: Ints, adapter: Mapping[str, Floats]
+        self, ids: Ints, mask: Ints, labels: Ints, adapter: Mapping[str, Floats], depth: int = 0
     ) -> Generator[None, None, StepResult]:
-        """Loss and gradients of a batch. Raises DataError without a label, ConfigError when not finite."""
+        """Loss of a batch, and its gradients in the top `depth` layers, 0 = all: the way back ends there.
+
+        Raises DataError without a label, ConfigError when not finite.
+        """
         count = int((labels >= 0).sum())
         if count == 0:
             raise DataError("batch has no label", field="labels", value=0, hint="Leave such batches out")
-        kept: list[Floats] = []
+        layers = self._bundle.manifest.layers
+        trained = range(layers - min(depth or layers, layers), layers)
+        kept = dict.fromkeys(trained, _NOTHING)
         h, aux = yield from self.features(ids, mask, adapter, kept)
         result, gradient = yield from self._loss(h, labels)
         loss_sum = float(result.nll.sum(dtype=np.float64))
@@ -94,8 +101,8 @@ class Streamer:
         g = self._norm_backward.run({"h": h, "gf": gradient, **norm})["gh"]
         yield
         gradients: dict[str, Floats] = {}
-        for i in reversed(range(self._bundle.manifest.layers)):
-            feeds = {"x": kept.pop(), "gy": g, **aux, **self._block(i, adapter)}
+        for i in reversed(trained):
+            feeds = {"x": kept.pop(i), "gy": g, **aux, **self._block(i, adapter)}
             out = self._backward.run(feeds, ("gx", *self._b_gradients))
             g = out.pop("gx")
             gradients.update((f"L{i}/{name.removeprefix('g:')}", value) for name, value in out.items())

@@ -41,7 +41,7 @@ class WrongAnswerError(UnavailableError):
 
 
 class Fetcher:
-    """Brings blobs from `<url>/b/<sha256>` into `folder`. `stopping` ends every wait with UnavailableError."""
+    """Brings blobs from `<url>/b/<sha256>` into `folder`. `stopping` ends all work with UnavailableError."""
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class Fetcher:
         final = self.path(sha256)
         if final.exists():
             return final
+        self._pause(0)
         try:
             with self._lock(final.with_name(f".{final.name}.unfinished"), size) as part:
                 if final.exists():  # somebody else was quicker

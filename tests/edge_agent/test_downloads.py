@@ -125,6 +125,17 @@ def test_a_bundle_of_another_publisher_or_signature_is_refused_for_good(store: S
         assert not bench.downloads.bundle(said.manifest.sha256).exists()
 
 
+def test_what_is_held_is_given_up_and_goes_on_later(store: Store, tmp_path: Path) -> None:
+    bench, said = Bench(tmp_path), announce(store)
+    bench.downloads.hold(True)
+    outcome = bench.want(FetchBundle(said))
+    assert isinstance(outcome, FetchFailed)
+    assert not outcome.final
+    assert "stopped" in outcome.reason
+    bench.downloads.hold(False)
+    assert bench.want(FetchBundle(said)) == Fetched(said.manifest.sha256)
+
+
 def test_a_bundle_that_lacks_a_file_is_tried_again_later(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from edge_agent.clock import Clock
 from edge_agent.home import Home, default_home
 from edge_agent.round_files import Rounds
 from edge_agent.slots import slot
+from edge_agent.stats import Stats
 from edge_agent.unit import unit_text
 from fedge.errors import IntegrityError, NoInputError, StorageError, UnavailableError
 from fedge.frames import decode_frame
@@ -242,6 +243,19 @@ def test_threads_follow_the_quota_of_a_control_group(tmp_path: Path, monkeypatch
     (tmp_path / "memory.max").write_text(f"{64 << 20}\n")
     (tmp_path / "memory.current").write_text(f"{60 << 20}\n")
     assert resources.free_memory_mb() == 4
+
+
+def test_bytes_of_a_day_begin_at_nothing_and_outlive_the_process(tmp_path: Path) -> None:
+    stats = Stats(tmp_path / "stats.json")
+    stats.count_bytes(9 * DAY, 1_000, 200, 30)
+    stats.count_bytes(9 * DAY + 60, 1_500, 200, 30)
+    assert stats.figures.day_bytes == 1_730
+    stats.write(0.0)
+    again = Stats(tmp_path / "stats.json")
+    again.count_bytes(9 * DAY + 120, 10, 0, 0)
+    assert (again.figures.day_bytes, again.figures.mqtt_up_bytes) == (1_740, 1_510)
+    again.count_bytes(10 * DAY, 11, 0, 0)
+    assert again.figures.day_bytes == 1
 
 
 def test_memory_of_a_process_that_is_gone_is_nothing() -> None:

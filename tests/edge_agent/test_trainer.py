@@ -1,6 +1,5 @@
 """The device's training against torch, and the rules of a round."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -15,7 +14,7 @@ from torch_twin import b_gradients, torch_twin
 from edge_agent.bundle import Bundle, open_bundle
 from edge_agent.dataset import IGNORE, Batch
 from edge_agent.trainer import AdamW, Trainer, train_round
-from edge_agent.trainer.sessions import check_runtime, threads_allowed
+from edge_agent.trainer.sessions import check_runtime
 from fedge.errors import ConfigError, DataError, UnsupportedError
 from hub.peft import write_peft
 
@@ -185,6 +184,41 @@ def test_training_that_diverges_is_an_error_with_a_name(trainer: Trainer) -> Non
         train_round(trainer, start, [batch], a_seed=SEED, lr=1e39)
 
 
+# ---------------------------------------------------------------- depth
+def test_all_layers_by_name_are_all_layers(trainer: Trainer) -> None:
+    start, batches = random_b(trainer), [make_batch(2, 12, seed=seed) for seed in range(3)]
+    plain = train_round(trainer, start, batches, a_seed=SEED, lr=0.016)
+    for depth in (trainer.layout.layers, trainer.layout.layers + 7):
+        deep = train_round(trainer, start, batches, a_seed=SEED, lr=0.016, depth=depth)
+        assert deep.delta.tobytes() == plain.delta.tobytes()
+
+
+def test_the_top_layer_alone_learns_and_the_others_stay_as_they_are(trainer: Trainer) -> None:
+    """Weight decay would move what has no gradient: it must not."""
+    start, batch = random_b(trainer), make_batch(4, 24)
+    below = trainer.layout.numbers // 2
+    outcome = train_round(trainer, start, [batch] * 8, a_seed=SEED, lr=0.016, weight_decay=0.1, depth=1)
+    assert not outcome.delta[:below].any()
+    assert outcome.delta[below:].all()
+    before = trainer.row_losses(batch, trainer.layout.split(start))[0].sum()
+    after = trainer.row_losses(batch, trainer.layout.split(start + outcome.delta))[0].sum()
+    assert after < before
+
+
+def test_gradients_of_the_top_are_the_same_and_cost_fewer_runs(bundle: Bundle) -> None:
+    runs: list[None] = []
+    trainer = Trainer(bundle, a_seed=SEED, pause=lambda: runs.append(None))
+    b, batch = trainer.layout.split(random_b(trainer)), make_batch(2, 12)
+    whole = trainer.loss_and_gradients(batch, b)
+    runs.clear()
+    top = trainer.loss_and_gradients(batch, b, 1)
+    assert len(runs) == runs_of_a_step(bundle) - (bundle.manifest.layers - 1)
+    assert top.loss_sum == whole.loss_sum
+    assert top.gradients.keys() == {name for name in whole.gradients if name.startswith("L1/")}
+    for name, gradient in top.gradients.items():
+        np.testing.assert_array_equal(gradient, whole.gradients[name])
+
+
 # ---------------------------------------------------------------- the governor's hand
 def runs_of_a_step(bundle: Bundle) -> int:
     """Prologue, blocks, norm, label rows, slices of the vocabulary, norm back, blocks back."""
@@ -226,13 +260,6 @@ def test_a_step_in_pieces_gives_what_a_step_gives(trainer: Trainer) -> None:
 
 
 # ---------------------------------------------------------------- the board
-def test_threads_are_capped_by_the_processors_we_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3})
-    assert [threads_allowed(n) for n in (1, 2, 8)] == [1, 2, 2]
-    with pytest.raises(ConfigError, match="threads"):
-        threads_allowed(0)
-
-
 def test_an_old_runtime_is_refused(bundle: Bundle) -> None:
     check_runtime("1.9.0")
     with pytest.raises(UnsupportedError, match="too old"):

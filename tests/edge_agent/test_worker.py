@@ -99,17 +99,16 @@ def test_training_gives_the_delta_of_the_same_round_in_this_process(job: Train) 
     assert 0 < last.memory.anonymous < last.memory.peak
 
 
-def test_a_carry_is_added_and_start_passes_batches_over(job: Train, tmp_path: Path) -> None:
-    carry, other = tmp_path / "carry.f32", tmp_path / "other.f32"
-    np.full(np.fromfile(job.adapter, "<f4").size, 0.25, "<f4").tofile(carry)
-    later = tmp_path / "later.f32"
-    answers = ask(
-        job, change(job, delta=str(other), carry=str(carry)), change(job, delta=str(later), start=1)
-    )
+def test_start_passes_batches_over_and_depth_leaves_the_lower_layers(job: Train, tmp_path: Path) -> None:
+    later, shallow = tmp_path / "later.f32", tmp_path / "shallow.f32"
+    answers = ask(job, change(job, delta=str(later), start=1), change(job, delta=str(shallow), depth=1))
     assert [type(answer) for answer in answers if not isinstance(answer, Progress)] == [Trained] * 3
-    plain = np.fromfile(job.delta, "<f4")
-    np.testing.assert_array_equal(np.fromfile(other, "<f4"), plain + np.float32(0.25))
+    plain, top = np.fromfile(job.delta, "<f4"), np.fromfile(shallow, "<f4")
     assert not np.array_equal(np.fromfile(later, "<f4"), plain)
+    half = plain.size // 2  # of two layers
+    assert plain[:half].any()
+    assert not top[:half].any()
+    assert top[half:].any()
 
 
 def test_pins_are_kept_and_a_stamp_is_taken_back(job: Train) -> None:
