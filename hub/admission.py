@@ -173,7 +173,7 @@ class Admission(RoundKeeper):
             opened_at=now,
         )
         for contact, ready in zip(contacts, readys, strict=True):
-            yield self._save(msgspec.structs.replace(self._device(ready.device), counter=ready.counter))
+            yield self._save(msgspec.structs.replace(self.device(ready.device), counter=ready.counter))
             self._spend(contact, ready)
         yield self._save(row)
         yield self._save(msgspec.structs.replace(bloc.row, round=opening.round))
@@ -270,7 +270,7 @@ class Admission(RoundKeeper):
             return
         waited = self.waited(now, bloc)
         if waited > 0:
-            known = self._device(bloc.blocked_by)
+            known = self.device(bloc.blocked_by)
             row = msgspec.structs.replace(known, blocked_seconds=known.blocked_seconds + waited)
             self._keep(row)
             if waited >= _BLOCKED_SAVED_SECONDS:

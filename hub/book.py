@@ -302,7 +302,8 @@ class Book:
         self._keep(row)
         return Save(row)
 
-    def _device(self, device: str) -> DeviceRow:
+    def device(self, device: str) -> DeviceRow:
+        """What is known of a device for good."""
         known = self.contacts.get(device)
         return known.row if known is not None and known.row is not None else DeviceRow(id=device)
 

@@ -107,8 +107,8 @@ class Hub(Former):
             raise ProtocolError(
                 "wrong-topic", "sent in another device's name", field="device", value=message.device
             )
-        if self._device(device).quarantined:
-            raise ProtocolError("quarantined", self._device(device).quarantined, field="device", value=device)
+        if self.device(device).quarantined:
+            raise ProtocolError("quarantined", self.device(device).quarantined, field="device", value=device)
         match message:
             case Ready():
                 yield from self._ready(now, message, payload)
@@ -259,7 +259,7 @@ class Hub(Former):
         if ready.prekey == contact.spent:
             yield from self._spent_ready(now, campaign, contact)
             return
-        if ready.counter > max(contact.counter, self._device(ready.device).counter):
+        if ready.counter > max(contact.counter, self.device(ready.device).counter):
             yield from self._follow(now, contact, campaign)
             yield from self._take(now, contact, ready, envelope)
         elif envelope == contact.envelope:

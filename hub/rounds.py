@@ -98,7 +98,7 @@ class RoundKeeper(Book, ABC):
     def _quarantine(self, now: float, report: Report) -> Iterator[Effect]:
         """Two different reports under one transcript: a two-time pad or an attack. Nothing more from this device."""
         yield self._save(
-            msgspec.structs.replace(self._device(report.device), quarantined="changed its report")
+            msgspec.structs.replace(self.device(report.device), quarantined="changed its report")
         )
         yield Save(
             LedgerEntry(
@@ -219,7 +219,7 @@ class RoundKeeper(Book, ABC):
     ) -> Iterator[Effect]:
         """Nothing of the round is opened; `missed` are the members whose fault that was, as far as one can see."""
         for device in missed:
-            known = self._device(device)
+            known = self.device(device)
             yield self._save(msgspec.structs.replace(known, failed=known.failed + 1))
         campaign, bloc = state.bloc.campaign.row, state.bloc.row
         spoiled = campaign.reports_spoiled + len(bloc.members) - len(state.missing)
@@ -261,8 +261,8 @@ def _moved_on(row: CampaignRow, adapter: BlobRef, opened: OpenedSum, late: int) 
         row,
         adapter=adapter,
         adapter_version=row.adapter_version + 1,
-        spread=opened.spread or row.spread,
-        mean_norm=opened.mean_norm or row.mean_norm,
+        spread=max(opened.spread, aggregation.FADE * row.spread),
+        mean_norm=max(opened.mean_norm, aggregation.FADE * row.mean_norm),
         mean_steps=aggregation.mean_steps(row.mean_steps, opened),
         reports_opened=row.reports_opened + opened.devices,
         staleness=row.staleness + (late - row.staleness) / min(row.adapter_version + 1, _STALENESS_MEMORY),
