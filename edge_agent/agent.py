@@ -245,12 +245,11 @@ class Agent(RoundWorker):
         return ready.stay_seconds != self.stay_seconds or ready.facts != self._public_facts()
 
     def _public_facts(self) -> Facts:
-        pace = self.state.seconds_per_step or self.facts.seconds_per_step  # measured, or as the driver gauged it
-        return (
-            msgspec.structs.replace(self.facts, seconds_per_step=pace)
-            if pace != self.facts.seconds_per_step
-            else self.facts
-        )
+        """With the pace as a round has measured it; until then as the driver gauged it."""
+        pace = self.state.seconds_per_step or self.facts.seconds_per_step
+        if pace == self.facts.seconds_per_step:
+            return self.facts
+        return msgspec.structs.replace(self.facts, seconds_per_step=pace)
 
     def _sign_ready(self) -> effects.Save:
         """One prekey until a round has used it: an OPEN may hold any READY that was said with it."""
