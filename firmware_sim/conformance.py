@@ -1,8 +1,8 @@
 """One script, two fleets: real processes, and the simulated world; then their hubs' logs, compared modulo time.
 
 A script says what happens to which device at which logical point ("when the hub has device 3's report of round 2, cut
-device 3's power"). It is replayed by `replay_processes` with a real broker, real cryptography and real training, and by
-`firmware_sim.world_replay` on virtual time. What either hub wrote into its ledger is brought into one canonical form.
+device 3's power"). `replay_processes` plays it with a real broker, real cryptography and real training, `replay_world`
+on virtual time. What either hub wrote into its ledger is brought into one canonical form.
 
 Compared: who was ever READY; the members of every bloc; for every bloc, its rounds in order, each with its number, how
 it ended and why, and who reported; that every entry stands where the protocol allows it; whether the campaign closed;
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -25,8 +26,11 @@ import msgspec
 from fedge.errors import UnavailableError
 from firmware_sim.fleet import LocalFleet
 from firmware_sim.process_faults import FAULTS
+from firmware_sim.scenario import Campaign, Group, Scenario
+from firmware_sim.world.task import Task
+from firmware_sim.world.world import World, WorldFaults
 from hub.campaigns import Wish
-from hub.effects import LedgerEntry
+from hub.effects import LedgerEntry, Save
 
 CAMPAIGN: Final = "conformance"
 _RATE: Final = 0.02
@@ -275,3 +279,70 @@ def _wish(script: Script) -> Wish:
 
 def _last(ledger: Sequence[LedgerEntry]) -> list[str]:
     return [f"{entry.kind} {entry.bloc} {entry.device} {entry.round}" for entry in ledger[-8:]]
+
+
+# ---------------------------------------------------------------- the world
+_BACK_SECONDS: Final = 1.0  # after which what was cut off is started again
+_WORLD_DAYS: Final = 1.0
+_WORLD_STEP_SECONDS: Final = 60.0
+_WORLD_WINDOW_SECONDS: Final = 600  # waiting costs nothing there, and a board is slower than this machine
+_DEVICE: Final = Group(name="lab", boards={"gateway": 1.0})
+
+# A frozen device is one that is off: either way it says nothing and hears nothing, and goes on from what it has saved.
+_IN_WORLD: Final[dict[Action, Callable[[World, int], None]]] = {
+    "kill-device": lambda world, number: world.power_off(number, _BACK_SECONDS),
+    "freeze-device": lambda world, number: world.power_cut(number),
+    "thaw-device": lambda world, number: world.power_on(number),
+    "restart-hub": lambda world, _: world.crash_hub(_BACK_SECONDS),
+    "restart-broker": lambda world, _: world.restart_broker(_BACK_SECONDS, with_memory=True),
+}
+
+
+def replay_world(
+    script: Script, seed: int, *, task: Task | None = None, faults: WorldFaults | None = None
+) -> list[LedgerEntry]:
+    """The ledger of a simulated fleet with real cryptography. UnavailableError when the script does not end."""
+    world = World(
+        _scenario(script),
+        devices=script.devices,
+        days=_WORLD_DAYS,
+        seed=seed,
+        crypto="real",
+        task=task,
+        faults=faults,
+    )
+    ledger: list[LedgerEntry] = []
+    prompter = Prompter(script)
+
+    def saved(_world: World, _number: int, effect: Save) -> None:
+        if isinstance(effect.row, LedgerEntry):
+            ledger.append(effect.row)
+            for cue in prompter.take(effect.row):
+                world.at(world.now, partial(_do, cue))
+
+    world.watch(Save, saved)
+    while not any(entry.kind == "closed" for entry in ledger):
+        if world.now >= world.end:
+            raise UnavailableError("the campaign does not end", field="ledger", value=_last(ledger))
+        world.until(world.now + _WORLD_STEP_SECONDS)
+    prompter.check()
+    return ledger
+
+
+def _scenario(script: Script) -> Scenario:
+    """Devices that are always there and train whenever they are asked: what goes wrong is the script's alone."""
+    campaign = Campaign(
+        steps=script.steps,
+        rounds=script.rounds,
+        bloc=script.bloc,
+        form_at_share=1.0,
+        window_seconds=max(script.window_seconds, _WORLD_WINDOW_SECONDS),
+        training_share=0.0,
+        rest_seconds=0.0,
+        quota=0.0,
+    )
+    return Scenario(name="conformance", groups=(_DEVICE,), campaign=campaign)
+
+
+def _do(cue: Cue, world: World) -> None:
+    _IN_WORLD[cue.action](world, int(cue.device.removeprefix("d")) if cue.device else -1)
