@@ -85,6 +85,15 @@ def standing(hub: Hub, now: float) -> Standing:
     )
 
 
+def why_not(hub: Hub, now: float, device: str) -> str:
+    """`why` of one device alone; empty for one that was never heard of."""
+    contact = hub.contacts.get(device)
+    if contact is None:
+        return ""
+    campaign = contact.campaign or next((bloc.campaign for bloc in contact.blocs[::-1]), None)
+    return _why(hub, now, contact, campaign, contact.bloc_in(campaign) if campaign is not None else None)
+
+
 # ---------------------------------------------------------------- devices
 def _device(hub: Hub, now: float, contact: Contact) -> DeviceStanding:
     campaign = contact.campaign or next((bloc.campaign for bloc in contact.blocs[::-1]), None)

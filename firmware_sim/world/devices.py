@@ -280,11 +280,18 @@ def samples_bucket(samples: int) -> int:
     return samples.bit_length()
 
 
-def first_facts(parts: DeviceParts, samples: int) -> Facts:
-    """What a device measures of itself at its start."""
+def first_facts(parts: DeviceParts, samples: int, step_tokens: int) -> Facts:
+    """What a device measures of itself at its start. Its pace is a short test's, until a round has measured it."""
     free = int(parts.board.memory_mb * FREE_MEMORY)
-    facts = Facts(board=parts.board.label, samples_bucket=samples_bucket(samples), aes=parts.board.aes)
-    return msgspec.structs.replace(facts, memory_mb_step=free // 256 * 256)
+    error = Stream(parts.number, "gauge").lognormal(1.0, GAUGE_SPREAD)
+    return Facts(
+        board=parts.board.label,
+        memory_mb_step=free // 256 * 256,
+        seconds_per_step=float(f"{error * step_tokens / parts.tokens_per_second:.2g}"),
+        samples_bucket=samples_bucket(samples),
+        aes=parts.board.aes,
+    )
 
 
+GAUGE_SPREAD: Final = 0.2  # sigma of the logarithm of a short test's error
 FREE_MEMORY: Final = 0.6  # of a board's memory, beside system and owner's things

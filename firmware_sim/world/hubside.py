@@ -18,7 +18,7 @@ from firmware_sim.world.clock import HUB_TIMER, HUB_UP, START
 from firmware_sim.world.devices import PowerFailed
 from firmware_sim.world.standins import HUB, name_of, serial_of
 from firmware_sim.world.streams import Stream
-from hub import effects
+from hub import effects, standing
 from hub.effects import BlocRow, CampaignRow, DeviceRow, Effect, Event, LedgerEntry, RoundRow, Row
 from hub.hub import Hub
 
@@ -263,5 +263,7 @@ class HubSide:
             self.world.recorder.refusals[effect.refusal] += 1
 
     def why_not(self, number: int) -> str:
-        """Why the hub has not opened a round for a device that is READY, as it would tell its operator."""
-        return "waits"
+        """Why the hub has not opened a round for a device, as it tells its operator."""
+        if self.machine is None:
+            return "hub away"
+        return standing.why_not(self.machine, self._now(), name_of(number))

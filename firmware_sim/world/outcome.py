@@ -124,7 +124,7 @@ class WorldResult(_Part, frozen=True):
     faults: dict[str, int]
     refusals: dict[str, int]  # by name, devices and hub
     violations: list[Violation]
-    invariants: int = 0  # how many were watched
+    judged: int = 0  # how often a rule was applied that must hold; 0 = none was watched
     notes: list[str] = []  # what a reader must know beside the figures
     strip: Strip | None = None
 

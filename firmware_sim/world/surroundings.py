@@ -145,7 +145,11 @@ class Surroundings:
             share_on=self.share_on(device),
             upload_kbit=parts.link.upload_kbit,
         )
-        facts = device.told.facts if device.told is not None else first_facts(parts, world.samples(number))
+        facts = (
+            device.told.facts
+            if device.told is not None
+            else first_facts(parts, world.samples(number), world.task.step_tokens)
+        )
         found = judge(
             parts.policy,
             reading,
