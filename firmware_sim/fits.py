@@ -151,7 +151,7 @@ def _between(groups: Sequence[Floats]) -> float:
 
 def _share_fit(presences: Sequence[Sessions], sessions: Fit, pauses: Fit) -> Fit:
     """Share of time on, by device: recorded, and of devices of the world's own `Renewal` with these medians."""
-    data = np.array([float(np.sum(np.array(s.ends) - np.array(s.starts))) / s.period for s in presences])
+    data = np.array([each.share for each in presences])
     plan = scenario.Presence(
         kind="sessions",
         on_hours=sessions.parameters["median"] / HOUR,

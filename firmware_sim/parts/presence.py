@@ -178,6 +178,8 @@ class Windowed(_Drawn):
         plan = self.plan
         self._inside = inside(local_hour(now, self._zone), plan.from_hour, plan.to_hour)
         self._edge = self._next_edge(now)
+        if self._edge <= now:  # moved to before the world's start
+            self._cross()
         if self._inside or plan.kind == "day":
             return self._inside
         return self._stream.chance(self._sessions_share)
