@@ -12,6 +12,7 @@ examples:
   fedge sim demo --devices 8 --rounds 2         a taste of it
   fedge sim demo --resume                       go on after Ctrl-C, a kill or a power cut
   fedge sim demo --out DIR --json               results to DIR, the result as JSON on standard output
+  fedge sim demo --line lte --faults kill-agent=2,link-cut=4,kill-hub
 
 What comes out, in the folder --out: report.html (look at it), result.json, and adapter/, which PEFT loads:
   PeftModel.from_pretrained(base_model, "fedge-demo/adapter")
@@ -53,10 +54,29 @@ def register(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         action="store_true",
         help="also train on everybody's data pooled (six minutes more)",
     )
+    _add_troubles(demo)
     again = demo.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the unfinished run in the folder")
     again.add_argument("--fresh", action="store_true", help="throw away the run in the folder and start anew")
     demo.set_defaults(run=_demo)
+
+
+def _add_troubles(demo: argparse.ArgumentParser) -> None:
+    troubles = demo.add_argument_group("what goes wrong (nothing, unless asked for)")
+    troubles.add_argument(
+        "--faults",
+        default="",
+        metavar="NAME=N,…",
+        help="drawn faults, as kill-agent=2,link-cut=1; a wrong name lists all",
+    )
+    troubles.add_argument(
+        "--line",
+        default="",
+        metavar="KIND",
+        help="every device's way to the broker: ethernet, wifi, lte, 3g, rural, satellite",
+    )
+    troubles.add_argument("--memory-mb", type=int, default=0, metavar="MB", help="of each agent, by cgroup")
+    troubles.add_argument("--cpus", type=float, default=0.0, metavar="N", help="of each agent, by cgroup")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -64,13 +84,27 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     from fedge.errors import UsageError
     from firmware_sim import demo
+    from firmware_sim.process_faults import parse_faults
     from firmware_sim.report import print_table
     from firmware_sim.result import encode_result
 
-    names = ("devices", "unseen", "rounds", "steps", "bloc", "seed", "model", "broker")
+    names = (
+        "devices",
+        "unseen",
+        "rounds",
+        "steps",
+        "bloc",
+        "seed",
+        "model",
+        "broker",
+        "line",
+        "memory_mb",
+        "cpus",
+    )
     chosen = {name: getattr(arguments, name) for name in names}
+    chosen |= {"reference": arguments.with_reference, "faults": parse_faults(arguments.faults)}
     try:
-        settings = msgspec.convert({**chosen, "reference": arguments.with_reference}, demo.Settings)
+        settings = msgspec.convert(chosen, demo.Settings)
     except msgspec.ValidationError as error:
         raise UsageError(f"this demo cannot be run: {error}") from error
     result = demo.run(arguments.out, settings, resume=arguments.resume, fresh=arguments.fresh)
