@@ -20,6 +20,8 @@ from firmware_sim.world.outcome import WorldResult, read_world
 from firmware_sim.world_words import energy_kj, energy_text, hours_text, number_text, percent_text, served
 
 SIDES_MAX: Final = 4  # as many as a chart can show
+NOTABLE: Final = 0.01  # a smaller difference is none
+WAY: Final = 0.9  # of the way to the loss that all reach: the last tenth is noise
 
 Better = Literal["less", "more", ""]  # "" = neither: a fact, not a merit
 Value = Callable[[WorldResult], float | None]
@@ -60,8 +62,10 @@ class Row:
 
     @property
     def is_clear(self) -> bool:
-        """Every seed says the same."""
-        return self.lowest is not None and self.highest is not None and (self.lowest > 1 or self.highest < 1)
+        """Every seed says the same, and by enough to matter."""
+        if self.lowest is None or self.highest is None:
+            return False
+        return self.lowest >= 1 + NOTABLE or self.highest <= 1 - NOTABLE
 
     @property
     def other_is_better(self) -> bool:
@@ -116,10 +120,14 @@ def measures(target: float | None) -> list[Measure]:
 
 
 def common_target(sides: Sequence[Side]) -> float | None:
-    """The lowest loss that every run reached; None when a run has none."""
-    ends = [_last_loss(run) for side in sides for run in side.runs]
+    """The loss at WAY of the way from the start to where every run ends; None when one has no loss, or none fell."""
+    runs = [run for side in sides for run in side.runs]
+    ends = [_last_loss(run) for run in runs]
     whole = [end for end in ends if end is not None]
-    return max(whole) if whole and len(whole) == len(ends) else None
+    if not whole or len(whole) < len(ends):
+        return None
+    first, end = max(run.loss[0].figures["loss"] for run in runs), max(whole)
+    return first - WAY * (first - end) if end < first else None
 
 
 def rows_of(base: Side, other: Side, target: float | None) -> list[Row]:

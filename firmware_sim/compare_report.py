@@ -18,14 +18,22 @@ from firmware_sim.world_report import fill_page, loss_charts, mishaps, section
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """Who did what better on every seed, and each figure that counts with its spread."""
+
+    answer: str
+    figures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """What is written: the sides, the loss up to which time and energy count, and each side's rows against the first.
 
-    `question` is the title, `verdict` the answer in sentences.
+    `question` is the title, `verdicts` the answers: one for each side after the first.
     """
 
     question: str
-    verdict: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
     target: float | None
     sides: tuple[Side, ...]
     rows: dict[str, list[Row]]
@@ -38,8 +46,8 @@ def compared(
     base = sides[0]
     rows = {side.name: rows_of(base, side, target) for side in sides[1:]}
     rows[sides[1].name][:0] = extra
-    verdict = [text for other, found in rows.items() for text in _verdict(found, base.name, other)]
-    return Comparison(question, tuple(verdict), target, tuple(sides), rows)
+    verdicts = tuple(_verdict(found, base.name, other) for other, found in rows.items())
+    return Comparison(question, verdicts, target, tuple(sides), rows)
 
 
 def write_comparison(found: Comparison, folder: Path) -> None:
@@ -54,7 +62,7 @@ def encode_comparison(found: Comparison) -> bytes:
     keys = ("scenario", "devices", "days", "seed", "crc")
     values = {
         "question": found.question,
-        "verdict": found.verdict,
+        "verdicts": found.verdicts,
         "target": found.target,
         "sides": [
             {"name": side.name, "runs": [{key: getattr(run, key) for key in keys} for run in side.runs]}
@@ -71,18 +79,15 @@ def _plain(row: Row) -> dict[str, object]:
 
 
 # ---------------------------------------------------------------- words
-def _verdict(rows: Sequence[Row], base: str, other: str) -> list[str]:
-    """Who did what better on every seed; then each such figure with its spread."""
+def _verdict(rows: Sequence[Row], base: str, other: str) -> Verdict:
     told = [row for row in rows if row.measure.wins and row.ratio is not None]
     wins: dict[str, list[str]] = {}
     for row in told:
         if row.is_clear:
             wins.setdefault(other if row.other_is_better else base, []).append(row.measure.wins)
     best = "; ".join(f"{name} {_and(words)}" for name, words in wins.items())
-    return [
-        f"{best}." if best else f"No clear difference between {base} and {other}.",
-        *_sentences(told, base, other),
-    ]
+    answer = f"{best}." if best else f"No clear difference between {base} and {other}."
+    return Verdict(answer, tuple(_sentences(told, base, other)))
 
 
 def _sentences(rows: Sequence[Row], base: str, other: str) -> list[str]:
@@ -136,7 +141,7 @@ def comparison_page(found: Comparison) -> str:
         title=escape(found.question),
         eyebrow=f"Fedge {escape(found.sides[0].runs[0].fedge)} · simulated worlds, compared",
         headline=escape(found.question),
-        story=_legend(found) + "".join(f'<p class="lede">{escape(text)}</p>' for text in found.verdict),
+        story=_legend(found) + "".join(map(_answer, found.verdicts)),
         cards="",
         sections="".join(sections),
         footer=_footer(found),
@@ -151,11 +156,17 @@ def _legend(found: Comparison) -> str:
     return f'<ul class="legend sides">{keys}</ul>'
 
 
+def _answer(verdict: Verdict) -> str:
+    figures = "".join(f"<li>{escape(text)}</li>" for text in verdict.figures)
+    return f'<p class="lede strong">{escape(verdict.answer)}</p><ul class="verdict">{figures}</ul>'
+
+
 def _figures_words(found: Comparison, seeds: int) -> str:
     base = escape(found.sides[0].name)
     median = f"Medians over {seeds} seeds. " if seeds > 1 else ""
     target = (
-        f" Time and energy are taken to loss {found.target:.2f}, the lowest that every run reached."
+        f" Time and energy are those to loss {found.target:.2f}, nine tenths of the way to "
+        "where every run ends unless asked otherwise."
         if found.target is not None
         else ""
     )
@@ -213,7 +224,9 @@ def print_comparison(
             table.add_row(row.measure.name, *row.texts, ratio_text(row.ratio), _range_text(row))
         screen.print(table)
         screen.print()
-    for text in found.verdict:
-        screen.print(text, markup=False, highlight=False)
+    for verdict in found.verdicts:
+        screen.print(verdict.answer, style="bold", markup=False, highlight=False, soft_wrap=True)
+        for text in verdict.figures:
+            screen.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
     if folder is not None:
         screen.print(f"\nLook at {folder / 'compare.html'}", markup=False, highlight=False, soft_wrap=True)

@@ -45,8 +45,8 @@ def _board(name: str) -> str:
 
 
 def purchase_text(purchase: Mapping[str, int]) -> str:
-    """40 x Pi 5 and 2 x Jetson Orin Nano."""
-    return " and ".join(f"{count:,} x {BOARDS[board].label}" for board, count in purchase.items())
+    """40 × Pi 5 and 2 × Jetson Orin Nano."""
+    return " and ".join(f"{count:,} × {BOARDS[board].label}" for board, count in purchase.items())
 
 
 def price(purchase: Mapping[str, int]) -> float:

@@ -82,7 +82,7 @@ def simulate(scenario: Scenario, wish: Wish, seed: int, screen: Screen) -> Run:
             broken = error
     if result is None:
         result = world.recorder.result(time.process_time() - cpu, time.monotonic() - wall, 0.0)
-    judged = len(watched.invariants.looked) if watched is not None else 0
+    judged = watched.invariants.looked.total() if watched is not None else 0
     return Run(_completed(result, world, judged, stopped, broken), stopped, broken)
 
 
@@ -154,7 +154,7 @@ def _completed(
         )
     days = min(result.days, max(world.now / DAY, 1e-6))
     return msgspec.structs.replace(
-        result, invariants=judged, violations=violations, notes=notes, days=days if notes else result.days
+        result, judged=judged, violations=violations, notes=notes, days=days if notes else result.days
     )
 
 

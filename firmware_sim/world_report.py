@@ -136,10 +136,14 @@ def _story(result: WorldResult) -> str:
         f"{count_text(result.devices, 'device')} lived through {hours_text(result.days * 24)} of virtual time; "
         f"the agent and the hub are the shipped code. {formed[0].upper()}{formed[1:]}, and "
         f"{count_text(opened, 'sum')} opened; each is over a whole bloc, and nothing else could be. "
-        f"Task: {escape(result.task)}. Presence and links: {escape(result.traces)}."
+        f"Task: {escape(result.task)}. Presence and links: {_traces_text(result)}."
     )
     notes = "".join(f'<p class="said">{escape(note)}</p>' for note in result.notes)
     return f'{about}<p class="lede">{told}</p>{notes}'
+
+
+def _traces_text(result: WorldResult) -> str:
+    return "models fitted to recorded fleets" if result.traces == "models" else escape(result.traces)
 
 
 def _cards(result: WorldResult) -> str:
@@ -188,8 +192,8 @@ def _held_card(result: WorldResult) -> tuple[str, str, str]:
     broken = len(result.violations)
     if broken:
         return "Invariants", f'<span class="bad">{broken:,} broken</span>', "see below"
-    if result.invariants:
-        return "Invariants", f"all {result.invariants} held", f"in {result.events:,} events"
+    if result.judged:
+        return "Invariants", "all held", f"{result.judged:,} judgements in {result.events:,} events"
     return "Invariants", "not checked", "--check watches them"
 
 
@@ -201,10 +205,10 @@ def _held(result: WorldResult) -> str:
         )
         title = count_text(len(result.violations), "violation")
         return f'<div class="said broken"><h3>{title}</h3><ul>{rows}</ul></div>'
-    if result.invariants:
+    if result.judged:
         return (
-            f'<p class="said">No violation: all {result.invariants} invariants held after each of {result.events:,} '
-            "events. Nothing but whole blocs was opened, no mask was used twice and no update counted twice.</p>"
+            f'<p class="said">No violation in {result.judged:,} judgements over {result.events:,} events. Nothing but '
+            "whole blocs was opened, no mask was used twice, no update was counted twice.</p>"
         )
     return '<p class="said">No invariant was watched in this run: <code>--check</code> does it.</p>'
 
@@ -311,7 +315,7 @@ def _facts(result: WorldResult) -> list[tuple[str, str]]:
     rounds = result.rounds
     worst = sorted(result.why_not_hours.items(), key=lambda item: -item[1])[:3]
     broken = len(result.violations)
-    held = f"all {result.invariants} held" if result.invariants else "not watched (--check)"
+    held = f"all held, {result.judged:,} judgements" if result.judged else "not watched (--check)"
     return [
         (
             "rounds",
@@ -319,7 +323,10 @@ def _facts(result: WorldResult) -> list[tuple[str, str]]:
             f"drop {percent_text(rounds.drop)}, waste {percent_text(rounds.waste)}",
         ),
         ("hours", "; ".join(f"{name} {hours:,.0f} h" for name, hours in worst) or "none were looked at"),
-        ("faults", ", ".join(f"{name} {count:,}" for name, count in result.faults.items()) or "none"),
+        (
+            "faults",
+            ", ".join(f"{name} {count:,}" for name, count in result.faults.items() if count) or "none",
+        ),
         ("invariants", f"{broken:,} BROKEN, first: {result.violations[0].text}" if broken else held),
         (
             "run",

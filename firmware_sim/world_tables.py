@@ -42,9 +42,7 @@ def classes(runs: Runs) -> str:
         for (_, show, text), top in zip(columns, most, strict=True):
             found = [run.classes.get(name) for run in runs.values()]
             cells.append(
-                _spark(
-                    [(None, "–") if c is None else (show(c) / top if top else 0.0, text(c)) for c in found]
-                )
+                _spark([None if c is None else (show(c) / top if top else 0.0, text(c)) for c in found])
             )
         rows.append(tuple(cells))
     return f'<div class="scroll">{_table(("", *(name for name, _, _ in columns)), rows, "classes")}</div>'
@@ -161,11 +159,12 @@ def _bar(place: int, share: float) -> str:
     return f'<div class="r{place}" style="width:{100 * share:.2f}%"></div>'
 
 
-def _spark(entries: Sequence[tuple[float | None, str]]) -> str:
-    """A cell with a short bar and a text for each run."""
+def _spark(entries: Sequence[tuple[float, str] | None]) -> str:
+    """A cell with a short bar and a text for each run that has the figure."""
     lines = [
-        f'<div class="r{place}">{escape(text)}<i style="width:{100 * (share or 0.0):.1f}%"></i></div>'
-        for place, (share, text) in enumerate(entries)
+        f'<div class="r{place}">{escape(entry[1])}<i style="width:{100 * entry[0]:.1f}%"></i></div>'
+        for place, entry in enumerate(entries)
+        if entry is not None
     ]
     return f'<td class="spark">{"".join(lines)}</td>'
 

@@ -56,7 +56,7 @@ def register(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--where", default="", metavar="GROUP", help="in the place of this group of the scenario"
     )
     plan.add_argument(
-        "--target", type=float, metavar="LOSS", help="loss to reach (the lowest that all reach)"
+        "--target", type=float, metavar="LOSS", help="loss to reach (nine tenths of the way to where all end)"
     )
     _add_study_flags(plan, "fedge-plan")
     plan.set_defaults(run=_plan)
