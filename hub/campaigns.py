@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -34,6 +35,14 @@ class Wish:
     window_tokens: int = 64
     window_seconds: int = 3_600
     seed: int = 0
+    work_seconds: float = 120.0
+    training_max: int = 0
+    rest_seconds: float = 0.0
+    quota: float = 0.0
+    form_seconds: float = 1_800.0
+    hours_max: float = 0.0
+    server_rate: float = 1.0
+    normalise_steps: bool = False
 
 
 def make_campaign(wish: Wish, bundle: Path, blobs: Blobs, url: str) -> CampaignRow:
@@ -69,6 +78,15 @@ def make_campaign(wish: Wish, bundle: Path, blobs: Blobs, url: str) -> CampaignR
         window_seconds=wish.window_seconds,
         seed=wish.seed,
         adapter=_first_adapter(blobs, layout.numbers),
+        layers=manifest.layers,
+        work_seconds=min(wish.work_seconds, wish.window_seconds),
+        training_devices_max=wish.training_max,
+        rest_seconds=wish.rest_seconds,
+        quota=wish.quota,
+        form_seconds=wish.form_seconds,
+        server_rate=wish.server_rate,
+        normalise_steps=wish.normalise_steps,
+        seconds_max=3_600 * wish.hours_max,
     )
 
 
@@ -85,41 +103,57 @@ def read_bundle(folder: Path) -> tuple[Manifest, bytes, bytes]:
 
 def check(wish: Wish, numbers: int) -> None:
     """Raises one ConfigError that names everything that is wrong, not just the first."""
-    bytes_needed = numbers * _FIRST_ROUND_BYTES + 4 * limits.META_WORDS_MAX
-    problems = [
-        text
-        for wrong, text in (
-            (
-                ID_PATTERN.fullmatch(wish.name) is None,
-                f"name={wish.name!r}: lower-case letters, digits, hyphens",
-            ),
-            (len(wish.name) > limits.ID_CHARS_MAX, f"name: at most {limits.ID_CHARS_MAX} characters"),
-            (not 1 <= wish.rounds <= limits.ROUNDS_MAX, f"rounds={wish.rounds}: 1 to {limits.ROUNDS_MAX}"),
-            (not 1 <= wish.steps <= limits.STEPS_MAX, f"steps={wish.steps}: 1 to {limits.STEPS_MAX}"),
-            (
-                not limits.BLOC_DEVICES_MIN <= wish.bloc <= limits.BLOC_DEVICES_MAX,
-                f"bloc={wish.bloc}: {limits.BLOC_DEVICES_MIN} to {limits.BLOC_DEVICES_MAX}, because the sum of "
-                "fewer says too much about one person",
-            ),
-            (wish.devices < wish.bloc, f"devices={wish.devices}: at least one bloc of {wish.bloc}"),
-            (not 0 < wish.rate <= 1, f"rate={wish.rate}: above 0, at most 1"),
-            (not 1 <= wish.batch_rows <= 256, f"batch_rows={wish.batch_rows}: 1 to 256"),
-            (not 8 <= wish.window_tokens <= 8_192, f"window_tokens={wish.window_tokens}: 8 to 8192"),
-            (
-                not 10 <= wish.window_seconds <= limits.WINDOW_SECONDS_MAX,
-                f"window={wish.window_seconds}: 10 to {limits.WINDOW_SECONDS_MAX} seconds",
-            ),
-            (not 0 <= wish.seed < 2**62, f"seed={wish.seed}: 0 to 2^62"),
-            (
-                bytes_needed > limits.TRANSFER_BYTES_MAX,
-                f"bundle: a report of {numbers:,} numbers needs {bytes_needed:,} bytes, above "
-                f"{limits.TRANSFER_BYTES_MAX:,}: use a lower rank or fewer targets",
-            ),
-        )
-        if wrong
-    ]
+    problems = [*_wrong_task(wish, numbers), *_wrong_schedule(wish)]
     if problems:
         raise ConfigError("this campaign cannot run: " + "; ".join(problems), hint="Nothing was started")
+
+
+def _wrong_task(wish: Wish, numbers: int) -> Iterator[str]:
+    """What cannot be trained."""
+    if ID_PATTERN.fullmatch(wish.name) is None:
+        yield f"name={wish.name!r}: lower-case letters, digits, hyphens"
+    if len(wish.name) > limits.ID_CHARS_MAX:
+        yield f"name: at most {limits.ID_CHARS_MAX} characters"
+    yield from _outside("rounds", wish.rounds, 1, limits.ROUNDS_MAX)
+    yield from _outside("steps", wish.steps, 1, limits.STEPS_MAX)
+    if not 0 < wish.rate <= 1:
+        yield f"rate={wish.rate}: above 0, at most 1"
+    yield from _outside("batch_rows", wish.batch_rows, 1, 256)
+    yield from _outside("window_tokens", wish.window_tokens, 8, 8_192)
+    yield from _outside("seed", wish.seed, 0, 2**62 - 1)
+    bytes_needed = numbers * _FIRST_ROUND_BYTES + 4 * limits.META_WORDS_MAX
+    if bytes_needed > limits.TRANSFER_BYTES_MAX:
+        yield (
+            f"bundle: a report of {numbers:,} numbers needs {bytes_needed:,} bytes, above "
+            f"{limits.TRANSFER_BYTES_MAX:,}: use a lower rank or fewer targets"
+        )
+
+
+def _wrong_schedule(wish: Wish) -> Iterator[str]:
+    """What no fleet can follow."""
+    if not limits.BLOC_DEVICES_MIN <= wish.bloc <= limits.BLOC_DEVICES_MAX:
+        yield (
+            f"bloc={wish.bloc}: {limits.BLOC_DEVICES_MIN} to {limits.BLOC_DEVICES_MAX}, because the sum of "
+            "fewer says too much about one person"
+        )
+    if wish.devices < wish.bloc:
+        yield f"devices={wish.devices}: at least one bloc of {wish.bloc}"
+    yield from _outside("window", wish.window_seconds, 10, limits.WINDOW_SECONDS_MAX, "seconds")
+    yield from _outside("work_seconds", wish.work_seconds, 1, 86_400)
+    if wish.training_max and wish.training_max < wish.bloc:
+        yield f"training_max={wish.training_max}: at least one bloc of {wish.bloc}, or 0 for no bound"
+    yield from _outside("rest_seconds", wish.rest_seconds, 0, limits.WINDOW_SECONDS_MAX)
+    if wish.quota and not 1 <= wish.quota <= 1_000:
+        yield f"quota={wish.quota:g}: 1 to 1000, or 0 for no bound; below 1 every bloc would be above its share"
+    yield from _outside("form_seconds", wish.form_seconds, 10, limits.WINDOW_SECONDS_MAX)
+    yield from _outside("hours_max", wish.hours_max, 0, 24 * 3_650, "(0: no end)")
+    if not 0 < wish.server_rate <= 100:
+        yield f"server_rate={wish.server_rate:g}: above 0, at most 100"
+
+
+def _outside(name: str, value: float, least: float, most: float, unit: str = "") -> Iterator[str]:
+    if not least <= value <= most:  # also what is no number
+        yield f"{name}={value}: {least} to {most} {unit}".rstrip()
 
 
 def _first_adapter(blobs: Blobs, numbers: int) -> BlobRef:

@@ -16,7 +16,26 @@ a first hub:
   fedge hub token --count 8                     eight lines, each lets one device join: fedge agent enroll LINE
   fedge hub campaign start --bundle DIR         train; the devices begin when enough of them are ready
   fedge hub ledger --follow                     watch
+  fedge hub blocs                               who holds up which bloc; fedge hub devices: why each is not working
   fedge hub export CAMPAIGN --out adapter/      the adapter, as PEFT loads it
+"""
+
+_DEVICES_EPILOG: Final = """\
+why a device is not working (its own reasons first, then its bloc's):
+  not now, hot, low battery, metered   its owner's policy or its board says: not at present
+  no data, rounds spent, short stay    it has nothing to train on, no rounds left, or expects to leave too soon
+  absent                               switched off, or no link
+  not ready                            fetching the bundle, or it has not heard how its round ended
+  unassigned                           waits for enough newcomers to fill a bloc
+  waiting for DEVICE                   all others of its bloc are ready
+  resting, quota, cap                  the bloc rests, had more than its share, or enough devices train
+  starving                             too few blocs are live; nothing is opened until a quarter is
+The worst breakers come first: those for whom alone their blocs waited longest.
+"""
+_BLOCS_EPILOG: Final = """\
+A bloc opens when all its members are ready: its sum exists whole or not at all. "here" counts members that are ready,
+or reports that are in; "breaker" is the one member that the bloc waits for, or waited for longest. Tell its owner, or
+leave it out of the next campaign. "live" blocs are whole, at work, or were opened within two hours.
 """
 
 
@@ -145,8 +164,25 @@ def _add_campaign(words: _Words[argparse.ArgumentParser]) -> None:
         ("--window-tokens", int, 64, "tokens of an example"),
         ("--window-seconds", int, 3_600, "how long a bloc may take for a round"),
         ("--seed", int, 0, "of the frozen half of the adapter and the order of data"),
+        ("--work-seconds", float, 120.0, "how long a device's part in a round should take"),
+        ("--training-max", int, 0, "blocs open while fewer devices train; 0: no bound"),
+        ("--rest-seconds", float, 0.0, "how long a bloc rests between two rounds"),
+        ("--quota", float, 0.0, "a bloc is opened at most N times the mean, and 2; 0: no bound"),
+        ("--form-seconds", float, 1_800.0, "how long newcomers wait at least for blocs of newcomers"),
+        (
+            "--hours-max",
+            float,
+            0.0,
+            "close after so many hours, whatever is missing; 0: when all rounds are done",
+        ),
+        ("--server-rate", float, 1.0, "above 1 the blocs that train side by side move the adapter further"),
     ):
-        start.add_argument(flag, type=kind, default=default, metavar="N", help=f"{about} ({default})")
+        start.add_argument(flag, type=kind, default=default, metavar="N", help=f"{about} ({default:g})")
+    start.add_argument(
+        "--normalise-steps",
+        action="store_true",
+        help="let sums of few steps count more, of many less, by at most a factor of 2",
+    )
     start.set_defaults(run=_campaign_start)
     listing = _word(inner, "list", "list the campaigns")
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -173,6 +209,15 @@ def _add_reading(words: _Words[argparse.ArgumentParser]) -> None:
     export.add_argument("campaign", metavar="CAMPAIGN")
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     export.set_defaults(run=_export)
+    for name, about, run, epilog in (
+        ("devices", "say of each device why it is not working", _devices, _DEVICES_EPILOG),
+        ("blocs", "show each bloc, and who holds it up", _blocs, _BLOCS_EPILOG),
+    ):
+        table = _word(words, name, about, epilog)
+        table.add_argument("--campaign", default="", metavar="CAMPAIGN", help="only of this one")
+        table.add_argument("--top", type=int, default=50, metavar="N", help="rows to show (50)")
+        table.add_argument("--json", action="store_true", help="everything, as one JSON object")
+        table.set_defaults(run=run)
     ledger = _word(words, "ledger", "print what happened, oldest first")
     ledger.add_argument("--follow", action="store_true", help="go on as it happens, until Ctrl-C")
     ledger.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
@@ -225,6 +270,14 @@ def _campaign_start(arguments: argparse.Namespace) -> None:
         window_tokens=arguments.window_tokens,
         window_seconds=arguments.window_seconds,
         seed=arguments.seed,
+        work_seconds=arguments.work_seconds,
+        training_max=arguments.training_max,
+        rest_seconds=arguments.rest_seconds,
+        quota=arguments.quota,
+        form_seconds=arguments.form_seconds,
+        hours_max=arguments.hours_max,
+        server_rate=arguments.server_rate,
+        normalise_steps=arguments.normalise_steps,
     )
     commands.campaign_start(commands.home_of(arguments.home), arguments.bundle, wish)
 
@@ -251,6 +304,20 @@ def _export(arguments: argparse.Namespace) -> None:
     from hub import commands
 
     commands.export(commands.home_of(arguments.home), arguments.campaign, arguments.out)
+
+
+def _devices(arguments: argparse.Namespace) -> None:
+    from hub import commands
+
+    home = commands.home_of(arguments.home)
+    commands.devices(home, arguments.campaign, most=arguments.top, as_json=arguments.json)
+
+
+def _blocs(arguments: argparse.Namespace) -> None:
+    from hub import commands
+
+    home = commands.home_of(arguments.home)
+    commands.blocs(home, arguments.campaign, most=arguments.top, as_json=arguments.json)
 
 
 def _ledger(arguments: argparse.Namespace) -> None:

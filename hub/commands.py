@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -25,6 +25,9 @@ from hub.config import default_home, load_config
 from hub.effects import CampaignRow, LedgerEntry
 from hub.registry import Registry
 from hub.store import FILE, Store
+
+if TYPE_CHECKING:
+    from hub.standing import Standing
 
 _TOKENS_MAX: Final = 10_000
 _MINUTES_MAX: Final = 30 * 24 * 60
@@ -175,6 +178,38 @@ def export(home: Path, campaign: str, out: Path) -> None:
     make_folder(out)
     export_adapter(row, Blobs(home / "blobs"), out)
     print(f"adapter version {row.adapter_version} of {campaign} written to {out}")
+
+
+def devices(home: Path, campaign: str, *, most: int, as_json: bool) -> None:
+    """Says of each device why it is not working."""
+    from hub.views import show_devices
+
+    found = _standing(home, most)
+    if as_json:
+        print(_json(found))
+    else:
+        show_devices(found, campaign=campaign, most=most)
+
+
+def blocs(home: Path, campaign: str, *, most: int, as_json: bool) -> None:
+    """Shows each bloc, and who holds it up."""
+    from hub.views import show_blocs
+
+    found = _standing(home, most)
+    if as_json:
+        print(_json(found))
+    else:
+        show_blocs(found, campaign=campaign, most=most)
+
+
+def _standing(home: Path, most: int) -> Standing:
+    from hub.server import is_running
+    from hub.views import read_standing
+
+    if most < 1:
+        raise UsageError("a table has rows", field="top", value=most, hint="At least 1")
+    load_authority(home)
+    return read_standing(home, running=is_running(home))
 
 
 def ledger(home: Path, *, follow: bool, as_json: bool) -> None:

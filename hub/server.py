@@ -45,7 +45,9 @@ from hub.driver import SUBSCRIPTIONS, Clock, Driver
 from hub.effects import CampaignRow, Row, Tell
 from hub.hub import Hub
 from hub.registry import Registry, Revoked
+from hub.standing import standing
 from hub.store import FILE, Store
+from hub.views import StandingFile
 from hub.web import WebServer, make_app
 
 LOCK: Final = "hub.lock"
@@ -102,22 +104,24 @@ class HubProcess:
         self.canary = Canary(
             self.broker.host, self.broker.port, self.authority_pem.decode(), self.own.canary, os.urandom(16)
         )
+        machine = Hub(
+            HUB,
+            self.own.signer,
+            Verifier(authority.fleet, authority.root_public, self._fleet_revoked),
+            self._rows(),
+            self.blobs.read,
+            os.urandom,
+        )
+        self.standing = StandingFile(home, lambda: standing(machine, self.clock()))
         self.driver = Driver(
-            Hub(
-                HUB,
-                self.own.signer,
-                Verifier(authority.fleet, authority.root_public, self._fleet_revoked),
-                self._rows(),
-                self.blobs.read,
-                os.urandom,
-            ),
+            machine,
             store,
             self.blobs,
             hub=HUB,
             epoch=self.epoch,
             tell=_tell,
             on_canary=self.canary.saw,
-            on_idle=self._watch_revocations,
+            on_idle=self._now_and_then,
             clock=self.clock,
         )
         self.link = self._make_link()
@@ -219,6 +223,10 @@ class HubProcess:
             broker_host=host,
             mqtt_port=port,
         )
+
+    def _now_and_then(self) -> None:
+        self._watch_revocations()
+        self.standing.answer(self.clock())
 
     def _watch_revocations(self) -> None:
         """Applies what `fedge hub revoke` left in the database, and keeps the list from going out of date."""

@@ -31,7 +31,7 @@ from fedge.errors import ProtocolError
 from fedge.frames import ChunkHeader, chunk_span, encode_frame
 from fedge.identity import Signer, Verifier
 from fedge.lora import LoraConfig
-from fedge.messages import BlobRef, Facts, Training, decode_envelope
+from fedge.messages import BlobRef, Facts, Presence, Training, decode_envelope, encode
 from fedge.secagg.masks import Member
 from fedge.update import codec as coding
 from fedge.update.report import build_report
@@ -74,7 +74,10 @@ def signer(root: Authority, subject: str, role: str, seed: int) -> Signer:
     return Signer(key, certificate)
 
 
-def campaign(devices: int, *, rounds: int = 2, bloc: int = 8, name: str = "c1") -> CampaignRow:
+def campaign(
+    devices: int, *, rounds: int = 2, bloc: int = 8, name: str = "c1", **knobs: float
+) -> CampaignRow:
+    """A campaign that opens a bloc as soon as it is whole; `knobs` are the scheduler's fields."""
     adapter = bytes(4 * NUMBERS)
     return CampaignRow(
         id=name,
@@ -92,6 +95,7 @@ def campaign(devices: int, *, rounds: int = 2, bloc: int = 8, name: str = "c1") 
         window_seconds=3600,
         seed=0,
         adapter=BlobRef(hashlib.sha256(adapter).digest(), len(adapter)),
+        **knobs,
     )
 
 
@@ -229,6 +233,30 @@ class Fleet:
                 del device.timers[name]
                 self.device_event(device.name, device_effects.TimerFired(name))
         self.hub_event(hub_effects.TimerFired("tick"))
+
+    def wait(self, seconds: float, *, step: float = 30.0) -> None:
+        """Lets time pass for the hub and for what devices wait for, and delivers what is said."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + step)
+            for device in self.devices.values():
+                for name in [name for name, at in device.timers.items() if at <= self.now]:
+                    del device.timers[name]
+                    self.device_event(device.name, device_effects.TimerFired(name))
+            self.hub_event(hub_effects.TimerFired("tick"))
+            self.run()
+
+    def presence(self, name: str, up: bool) -> None:
+        """The broker tells the hub that a device came or went."""
+        said = Presence(device=name, up=up, boot=self.devices[name].saved.boot)
+        self.hub_event(hub_effects.Received(topics.state(name), encode(said)))
+
+    def conditions(self, name: str, stay_seconds: int, **facts: object) -> None:
+        """What the device can do now: with a stay of 0 it is not allowed to work."""
+        device = self.devices[name]
+        device.facts = msgspec.structs.replace(device.facts, **facts)
+        told = device_effects.Conditions(stay_seconds > 0, stay_seconds, device.facts)
+        self.device_event(name, told)
 
     def settle(self, minutes: int = 100) -> None:
         """Delivers and lets time pass until every campaign is closed and nobody has more to say."""
