@@ -12,8 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
 from edge_agent import effects
 from edge_agent.agent import Agent
 from edge_agent.effects import Conditions, Effect, Event
