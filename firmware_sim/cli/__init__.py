@@ -7,7 +7,6 @@ from typing import Final
 
 import firmware_sim.cli.demo
 import firmware_sim.cli.studies
-import firmware_sim.cli.sweeps
 import firmware_sim.cli.sweep
 import firmware_sim.cli.world
 
