@@ -207,7 +207,7 @@ class World(Clock):
             adapter=ref,
             beacon_secret=Stream(self.seed, HUB, "beacons").bytes(32),
             work_seconds=wish.work_seconds,
-            training_devices_max=round(wish.training_share * devices),
+            training_devices_max=_at_once(wish.training_share, devices, wish.bloc),
             rest_seconds=wish.rest_seconds,
             quota=wish.quota,
             form_seconds=wish.form_seconds,
@@ -341,6 +341,11 @@ class World(Clock):
     def memory_needed(devices: int) -> int:
         """Bytes that a world of so many devices takes."""
         return BYTES_AT_REST + devices * BYTES_FOR_A_DEVICE
+
+
+def _at_once(share: float, devices: int, bloc: int) -> int:
+    """Devices that train at once: this share of all, and at least one bloc; 0 = no bound."""
+    return max(bloc, round(share * devices)) if share else 0
 
 
 def _require_memory(devices: int) -> None:
