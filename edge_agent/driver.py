@@ -113,6 +113,7 @@ class Driver:
             self._stats,
             threads_allowed(settings.threads, self._policy.threads_max),
             lambda number, reply: self._inbox.put(_WorkerSaid(number, reply)),
+            self._policy.memory_mb_max,
         )
         self._boot = self._journal.load().boot + 1
         self._link = self._make_link(tls)
@@ -221,10 +222,9 @@ class Driver:
         if now < self._look_at:
             return
         self._look_at = now + (_WORKING_SECONDS if self._work.pid else _STATS_SECONDS)
-        used = self._stats.look(self._work.pid)
-        bound = self._policy.memory_mb_max
-        if bound and used > bound and self._work.busy:
-            self._handle(self._work.fail(f"{used} MB are in use, the owner allows {bound} MB"))
+        failed = self._work.keep_to(self._stats.look(self._work.pid))
+        if failed is not None:
+            self._handle(failed)
         self._work.tend()
         self._clock.keep()
         self._write_stats()

@@ -95,10 +95,14 @@ class Sealed(_Value, frozen=True):
 
 
 class WorkFailed(_Value, frozen=True):
-    """Training or sealing failed: no usable data, killed for memory, disk full."""
+    """Training or sealing failed: no usable data, killed for memory, disk full.
+
+    `name` is all that the hub hears of it; `reason` is for the owner.
+    """
 
     transcript: bytes
     reason: str
+    name: str = "work-failed"
 
 
 class Conditions(_Value, frozen=True):

@@ -218,7 +218,7 @@ class RoundWorker(ABC):
     def _failed(self, now: float, event: effects.WorkFailed) -> Iterator[Effect]:
         if event.transcript == self.transcript:
             yield effects.Tell(f"no report for this round: {event.reason}")
-            yield from self._sit_out("work-failed")
+            yield from self._sit_out(event.name)
 
     def _load_failed(self, now: float, event: effects.FetchFailed) -> Iterator[Effect]:
         yield effects.Tell(f"adapter not here yet: {event.reason}")

@@ -5,16 +5,23 @@ At most one job is wanted at a time. A reply to a job that is no longer wanted i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Final
 
 from edge_agent import effects, jobs
 from edge_agent.downloads import Downloads
 from edge_agent.effects import Event
+from edge_agent.foresight import worker_bytes
+from edge_agent.resources import free_memory_mb, memory_of
 from edge_agent.round_files import Rounds
 from edge_agent.settings import Settings
 from edge_agent.stats import Stats
 from edge_agent.worker_process import Reply, WorkerProcess
-from fedge.errors import UnavailableError
+from fedge.errors import FedgeError, UnavailableError
+from fedge.release import MANIFEST, SIGNATURE, open_manifest
+
+MEMORY: Final = "memory"  # the name by which a round is declined for want of it
 
 
 class Work:
@@ -27,7 +34,9 @@ class Work:
         stats: Stats,
         threads: int,
         on_reply: Callable[[int, Reply], None],
+        memory_mb_max: int = 0,
     ) -> None:
+        self._memory_mb_max = memory_mb_max
         self._settings, self._downloads, self._stats, self._threads = settings, downloads, stats, threads
         self._rounds = Rounds(settings.home)
         self._worker = WorkerProcess(on_reply, settings.linger_seconds)
@@ -58,15 +67,20 @@ class Work:
         if self._job is not None and self._job[1] == transcript:
             self.stop()
 
-    def fail(self, reason: str) -> Event:
-        """End the worker and its job for `reason`."""
-        assert self._job is not None
+    def keep_to(self, used_mb: int) -> Event | None:
+        """End the worker and its job when agent and worker use more than the owner allows; the event that tells."""
+        if self._job is None or not 0 < self._memory_mb_max < used_mb:
+            return None
         transcript = self._job[1]
         self.stop()
-        return effects.WorkFailed(transcript, reason)
+        return effects.WorkFailed(
+            transcript, f"{used_mb} MB are in use, the owner allows {self._memory_mb_max} MB", MEMORY
+        )
 
     def train(self, effect: effects.Train) -> Event | None:
-        """Begin to train; the event that it failed when no worker can be had."""
+        """Begin to train; the event that it failed when there is no room for it, or no worker can be had."""
+        if reason := self._too_large(effect):
+            return effects.WorkFailed(effect.transcript, reason, MEMORY)
         settings, home = self._settings, self._settings.home
         job = jobs.Train(
             bundle=str(self._downloads.bundle(effect.manifest)),
@@ -86,6 +100,23 @@ class Work:
             depth=effect.depth,
         )
         return self._submit(effect.transcript, job)
+
+    def _too_large(self, effect: effects.Train) -> str:
+        """Why this board should not even begin; what cannot be read here is for the worker to tell."""
+        folder = self._downloads.bundle(effect.manifest)
+        try:
+            data, signature = (folder / MANIFEST).read_bytes(), (folder / SIGNATURE).read_bytes()
+            manifest = open_manifest(data, signature, publisher=effect.publisher, sha256=effect.manifest)
+        except (OSError, FedgeError):
+            return ""
+        need = worker_bytes(manifest, effect.training)
+        with_agent = round((need + 1_024 * memory_of(os.getpid()).resident_kb) / 1e6)
+        if 0 < self._memory_mb_max < with_agent:
+            return f"a round would take about {with_agent} MB, the owner allows {self._memory_mb_max} MB"
+        left = (free_memory_mb() << 20) + 1_024 * memory_of(self.pid).anonymous_kb
+        if left < need:
+            return f"a round would take about {need // 10**6} MB, this board has {left // 10**6} MB left"
+        return ""
 
     def seal(self, effect: effects.Seal) -> Event | None:
         """Begin to seal; the event that it failed when no worker can be had."""

@@ -152,3 +152,36 @@ def test_a_large_fleet_does_not_greet_a_new_hub_in_one_second() -> None:
     assert 840 < max(found) <= 900
     small = at(Phase.OFFERED)
     assert names(small.hub_state(1)) == ["Publish ready", "SetTimer ready"]
+
+
+# ---------------------------------------------------------------- how deep the work goes
+@pytest.mark.parametrize(
+    ("depths", "ours"), [((), 0), ((3,) * 5, 3), ((4, 4, 2, 4, 4), 2), ((0, 0, 1, 0, 0), 1)]
+)
+def test_the_plan_says_how_many_layers_we_adapt(depths: tuple[int, ...], ours: int) -> None:
+    scene = at(Phase.OFFERED)
+    scene.hears(scene.card())
+    assert "Save" in names(scene.hears(msgspec.structs.replace(scene.opening(), depths=depths)))
+    assert scene.when(effects.Fetched(campaign(5).adapter.sha256))[0].depth == ours
+
+
+@pytest.mark.parametrize(
+    ("steps", "depths"),
+    [
+        ((5,) * 5, (3,) * 4),
+        ((5,) * 5, (3, 3, -1, 3, 3)),
+        ((5,) * 5, (1, 1, 30, 1, 1)),
+        ((5,) * 5, (1, 1, 0, 1, 1)),
+        ((2, 2, 5, 2, 2), (1, 1, 2, 1, 1)),
+        ((1, 1, 5, 1, 1), (30, 30, 1, 30, 30)),
+    ],
+)
+def test_a_plan_in_which_one_member_does_most_of_the_work_is_refused(
+    steps: tuple[int, ...], depths: tuple[int, ...]
+) -> None:
+    """However the work is shared out over steps and layers: a hub must not let four idle and open the fifth."""
+    scene = at(Phase.OFFERED)
+    scene.hears(scene.card())
+    plan = msgspec.structs.replace(scene.opening(), steps=steps, depths=depths)
+    assert [tell.refusal for tell in scene.hears(plan)] == ["idle-plan"]
+    assert scene.agent.phase is Phase.OFFERED

@@ -241,6 +241,14 @@ def test_work_that_failed_is_declined_and_never_sealed_later(phase: Phase) -> No
     assert "Publish decline" in names(scene.when(effects.Started()))
 
 
+def test_a_round_that_is_too_large_for_the_board_is_declined_by_that_name() -> None:
+    scene = at(Phase.TRAINING)
+    out = scene.when(effects.WorkFailed(scene.agent.transcript, "140 MB, the owner allows 60 MB", "memory"))
+    decline = decode(decode_envelope(out[2].payload).body, Decline)
+    assert decline.reason == "memory"
+    assert "60 MB" in out[0].text
+
+
 def test_an_adapter_that_cannot_be_had_is_declined() -> None:
     scene = at(Phase.LOADING)
     out = scene.when(effects.FetchFailed(bytes(32), "no route"))

@@ -243,11 +243,11 @@ def test_a_killed_agent_takes_its_worker_along(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- as the driver uses it
 class Desk:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, memory_mb_max: int = 0) -> None:
         settings = Settings(home=Home(folder), data=folder / "data", slots=folder / "slots", slot_count=1)
         downloads = Downloads(folder / "blobs", None, lambda _: None, private=True)
         self.replies: queue.Queue[tuple[int, Reply]] = queue.Queue()
-        self.work = Work(settings, downloads, Stats(folder / "stats.json"), 1, self._put)
+        self.work = Work(settings, downloads, Stats(folder / "stats.json"), 1, self._put, memory_mb_max)
 
     def _put(self, number: int, reply: Reply) -> None:
         self.replies.put((number, reply))
@@ -257,12 +257,15 @@ def train(transcript: bytes) -> effects.Train:
     return effects.Train(transcript, bytes(32), bytes(32), bytes(32), Training(), steps=1, data_seed=0)
 
 
-def test_work_that_failed_for_a_reason_of_ours_is_told_by_that_reason_alone(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
+def test_work_that_outgrows_the_owners_bound_ends_and_is_told_by_that_reason_alone(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, memory_mb_max=300)
     with slot(tmp_path / "slots", 1):
+        assert desk.work.keep_to(301) is None, "nothing is under way"
         assert desk.work.train(train(ROUND)) is None
         assert desk.work.busy
-        assert desk.work.fail("too much memory") == effects.WorkFailed(ROUND, "too much memory")
+        assert desk.work.keep_to(300) is None
+        reason = "301 MB are in use, the owner allows 300 MB"
+        assert desk.work.keep_to(301) == effects.WorkFailed(ROUND, reason, "memory")
         assert (desk.work.busy, desk.work.pid) == (False, 0)
         assert (
             desk.work.said(*desk.replies.get(timeout=60)) is None
