@@ -35,6 +35,7 @@ from hub.effects import LedgerEntry, Save
 CAMPAIGN: Final = "conformance"
 _RATE: Final = 0.02
 _WINDOW_TOKENS: Final = 48
+_WORK_SECONDS: Final = 120.0
 _LOOK_SECONDS: Final = 0.02
 _PATIENCE_SECONDS: Final = 300.0
 
@@ -274,6 +275,7 @@ def _wish(script: Script) -> Wish:
         rate=_RATE,
         window_tokens=_WINDOW_TOKENS,
         window_seconds=script.window_seconds,
+        work_seconds=min(_WORK_SECONDS, script.window_seconds),
     )
 
 
