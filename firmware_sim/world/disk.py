@@ -43,6 +43,7 @@ class Disk:
         self.carry: Vector | None = None
         self.bundle = self.blob = b""  # hashes of what is here, whole and verified
         self.adapter = b""  # the newest, shared by all who have it; the hub may have dropped it long ago
+        self.adapter = b""  # the bytes under `blob`
         self.bundle_bytes = 0  # of a bundle that is on its way
         self.full = False
         self._pending: RoundFiles | None = None

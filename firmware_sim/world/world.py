@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -362,4 +363,4 @@ def _require_memory(devices: int) -> None:
 def _resident_bytes() -> int:
     """What this process has in memory now."""
     fields = Path("/proc/self/statm").read_text("ascii").split()
-    return int(fields[1]) * 4_096
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
