@@ -121,6 +121,15 @@ def test_a_night_on_the_charger_and_a_day_without() -> None:
     assert part.empty
 
 
+@pytest.mark.parametrize(("charge", "hour", "watts", "way"), [(0.3, 12.0, 1.5, -1.0), (0.2, 23.0, 1.5, 1.0)])
+def test_at_the_next_change_a_level_lies_behind(charge: float, hour: float, watts: float, way: float) -> None:
+    part = Battery(Power(kind="battery"), wh=33.0, panel_watts=0.0, charge=charge)
+    seconds = part.next_change(0.0, hour, watts, (0.25, 0.9))
+    part.settle(seconds, hour + seconds / 3_600.0, watts)
+    assert (part.charge - 0.25) * way > 0.0
+    assert part.charge == pytest.approx(0.25, abs=1e-5)
+
+
 def test_a_day_of_sun_gives_peak_times_twenty_four_over_pi() -> None:
     part = Battery(Power(kind="solar"), wh=1_000.0, panel_watts=10.0, charge=0.0)
     part.settle(86_400.0, 0.0, 0.0)
