@@ -148,7 +148,7 @@ def test_a_scenario_needs_a_group() -> None:
     ("source", "kind", "told"),
     [
         ("vineyrd", NoInputError, 'no such scenario, did you mean "vineyard"?'),
-        ("zzz", NoInputError, "no such scenario; ready: city, lab, phones, vineyard"),
+        ("zzz", NoInputError, "no such scenario; ready: city, lab, phones, storm, vineyard"),
         ("not-here.toml", NoInputError, "cannot read not-here.toml: No such file"),
     ],
 )
