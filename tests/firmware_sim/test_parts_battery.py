@@ -126,8 +126,9 @@ def test_at_the_next_change_a_level_lies_behind(charge: float, hour: float, watt
     part = Battery(Power(kind="battery"), wh=33.0, panel_watts=0.0, charge=charge)
     seconds = part.next_change(0.0, hour, watts, (0.25, 0.9))
     part.settle(seconds, hour + seconds / 3_600.0, watts)
-    assert (part.charge - 0.25) * way > 0.0
-    assert part.charge == pytest.approx(0.25, abs=1e-5)
+    assert CHARGE_STEP < (part.charge - 0.25) * way < 1e-5
+    part.supply = Power(kind="battery", plugged_from_hour=0.0, plugged_to_hour=24.0 if way < 0.0 else 0.0)
+    assert part.next_change(seconds, 12.0, watts, (0.25,)) < 60.0  # and is found again on the way back
 
 
 def test_a_day_of_sun_gives_peak_times_twenty_four_over_pi() -> None:
