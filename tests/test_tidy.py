@@ -33,7 +33,7 @@ EXPORT_ONLY = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "optimu
 PURE = re.compile(
     r"fedge/(?!io/|cli\.py|assets_cli\.py|__main__\.py).*"
     r"|edge_agent/(agent|round|checks|effects)\.py"
-    r"|hub/(hub|rounds|scheduler|aggregation|effects)\.py"
+    r"|hub/(hub|book|rounds|admission|forming|scheduler|aggregation|standing|effects)\.py"
 )
 WORLD = {
     "asyncio",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from playbook import Fleet, campaign
 
 from fedge import limits
 from fedge.authority import fingerprint
@@ -22,6 +25,7 @@ from hub.blobs import Blobs
 from hub.campaigns import Wish, check
 from hub.effects import LedgerEntry
 from hub.peft import read_peft
+from hub.standing import standing
 from hub.store import FILE, Store
 
 LAYERS, SHAPES, RANK = 2, {"self_attn.q_proj": (12, 8), "self_attn.v_proj": (6, 8)}, 4
@@ -216,6 +220,69 @@ def test_every_mistake_is_named_at_once(home: Path, bundle: Path, capsys: pytest
     assert list((home / "blobs").iterdir()) == []
 
 
+def test_the_schedulers_knobs(home: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--work-seconds 90 --training-max 32 --rest-seconds 300 --quota 2.5 --form-seconds 600"
+    words += " --hours-max 12 --server-rate 2 --normalise-steps --name first --window-seconds 60"
+    run(capsys, "campaign", "start", "--home", str(home), "--bundle", str(bundle), *words.split())
+    row = Store.open(home / FILE, read_only=True).asked()[0][1]
+    assert (row.training_devices_max, row.rest_seconds, row.quota, row.form_seconds) == (
+        32,
+        300.0,
+        2.5,
+        600.0,
+    )
+    assert (row.seconds_max, row.server_rate, row.normalise_steps, row.layers) == (
+        43_200.0,
+        2.0,
+        True,
+        LAYERS,
+    )
+    assert row.work_seconds == 60.0, "work must fit the window"
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("work_seconds", 0.0),
+        ("work_seconds", float("nan")),
+        ("training_max", 7),
+        ("rest_seconds", -1.0),
+        ("quota", 0.5),
+        ("quota", float("nan")),
+        ("form_seconds", 1.0),
+        ("hours_max", float("inf")),
+        ("server_rate", 0.0),
+        ("server_rate", 101.0),
+        ("window_seconds", 5),
+    ],
+)
+def test_a_schedule_that_no_fleet_can_follow(knob: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=knob.removesuffix("_seconds")):
+        check(dataclasses.replace(Wish("c"), **{knob: value}), NUMBERS)
+
+
+def test_devices_and_blocs_of_a_hub_that_never_ran(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("devices", "blocs"):
+        code, _, err = run(capsys, word, "--home", str(home))
+        assert code == 66
+        assert "fedge hub up" in err
+        assert run(capsys, word, "--home", str(home), "--top", "0")[0] == 64
+
+
+def test_devices_and_blocs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fleet = Fleet(5)
+    fleet.begin(campaign(5, bloc=5, rounds=9, rest_seconds=60.0))
+    fleet.run()
+    found = msgspec.structs.replace(standing(fleet.hub, fleet.now), at=time.time())
+    (home / "standing.json").write_bytes(msgspec.json.encode(found))
+    code, out, _ = run(capsys, "blocs", "--home", str(home))
+    assert code == 0
+    assert "bloc-0" in out
+    assert "resting" in out
+    assert json.loads(run(capsys, "blocs", "--home", str(home), "--json")[1])["blocs"][0]["opened"] == 1
+    assert "5 resting" in run(capsys, "devices", "--home", str(home))[1]
+
+
 @pytest.mark.parametrize("rate", [float("nan"), float("inf"), 0.0])
 def test_a_senseless_rate(rate: float) -> None:
     with pytest.raises(ConfigError, match="rate"):
@@ -289,6 +356,8 @@ def test_unknown_names(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ("campaign", "start"),
         ("revoke",),
         ("export",),
+        ("devices",),
+        ("blocs",),
         ("ledger",),
         ("status",),
     ],

@@ -121,6 +121,22 @@ def test_a_hub_lives_is_killed_and_lives_again(hub: Hub, tmp_path: Path, eventua
     assert not (hub.home / "ready.json").exists()
 
 
+def test_a_running_hub_tells_how_its_devices_stand(
+    hub: Hub, tmp_path: Path, eventually: Eventually, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.start()
+    device = Device(hub, Home(tmp_path / "d-1"), "d-1")
+    try:
+        eventually(lambda: device.sees(up=True, epoch=1))
+        commands.devices(hub.home, "", most=5, as_json=True)
+        found = json.loads(capsys.readouterr().out)
+        assert [(one["id"], one["why"]) for one in found["devices"]] == [("d-1", "no campaign")]
+        commands.blocs(hub.home, "", most=5, as_json=False)
+        assert not (hub.home / "standing.asked").exists()
+    finally:
+        device.link.stop()
+
+
 def test_a_revoked_device_is_cut_off(hub: Hub, tmp_path: Path, eventually: Eventually) -> None:
     hub.start()
     bad, good = (Device(hub, Home(tmp_path / name), name) for name in ("d-bad", "d-good"))
