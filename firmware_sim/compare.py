@@ -6,6 +6,7 @@ as no clear difference, whatever the median is.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -159,10 +160,14 @@ def load_side(source: Path) -> Side:
     return Side(source.name or str(source), runs)
 
 
+def require_sides(count: int) -> None:
+    """UsageError for a number of sides that cannot be shown."""
+    if not 2 <= count <= SIDES_MAX:
+        raise UsageError(f"two to {SIDES_MAX} can be compared", field="runs", value=count)
+
+
 def told_apart(sides: Sequence[Side]) -> list[Side]:
-    """The sides with names that differ. UsageError for a number of sides that cannot be shown."""
-    if not 2 <= len(sides) <= SIDES_MAX:
-        raise UsageError(f"two to {SIDES_MAX} can be compared", field="runs", value=len(sides))
+    """The sides with names that differ."""
     names = [side.name for side in sides]
     return [
         side if names.count(side.name) == 1 else msgspec.structs.replace(side, name=f"{side.name} ({place})")
@@ -195,7 +200,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 def _last_loss(run: WorldResult) -> float | None:
     end = at_the_end(run.loss, "loss")
-    return end if end == end else None
+    return end if run.loss and math.isfinite(end) else None
 
 
 def _hours(run: WorldResult, target: float) -> float | None:

@@ -104,7 +104,9 @@ def _sentences(rows: Sequence[Row], base: str, other: str) -> list[str]:
 
 def ratio_text(ratio: float | None) -> str:
     """0.53x; a dash when there is none."""
-    return "–" if ratio is None else f"{ratio:.2f}x"
+    if ratio is None:
+        return "–"
+    return f"{ratio:.2f}x" if ratio >= 0.095 else f"{ratio:.2g}x"
 
 
 def _spread_text(row: Row) -> str:

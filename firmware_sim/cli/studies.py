@@ -33,6 +33,12 @@ What comes out: for both fleets the price, hours and energy to the same loss, pa
 seeds; a verdict with its spread; and, in the folder --out, plan's page (compare.html) and every run.
 """
 
+_FITS_EPILOG: Final = """\
+examples:
+  fedge sim fits --traces DIR           each model, its parameters, and how far it is from the traces
+  fedge sim world phones --traces DIR   the same traces instead of the models
+"""
+
 
 def register(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `compare`, `plan` and `fits`. Imports nothing heavy."""
@@ -60,7 +66,9 @@ def register(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     _add_study_flags(plan, "fedge-plan")
     plan.set_defaults(run=_plan)
-    fits = _parser(words, "fits", "models of presence, links and heat fitted to recorded traces", "")
+    fits = _parser(
+        words, "fits", "models of presence, links and heat fitted to recorded traces", _FITS_EPILOG
+    )
     fits.add_argument("--traces", type=Path, required=True, metavar="PATH", help="a trace file or a folder")
     fits.add_argument("--json", action="store_true", help="print the fits as JSON on standard output")
     fits.set_defaults(run=_fits)
@@ -86,12 +94,13 @@ def _add_study_flags(parser: argparse.ArgumentParser, folder: str) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from firmware_sim.compare import common_target, load_side, told_apart
+    from firmware_sim.compare import common_target, load_side, require_sides, told_apart
     from firmware_sim.compare_report import compared
     from firmware_sim.scenario import load_scenario
 
     wish, seeds = wish_of(arguments), _seeds(arguments)
     sources = arguments.sides
+    require_sides(len(sources))
     scenarios = {text: load_scenario(text) for text in sources if not Path(text).is_dir()}
     sides = []
     for place, text in enumerate(sources, 1):
