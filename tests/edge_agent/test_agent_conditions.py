@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from playbook import campaign
+from playbook import Fleet, campaign
 from scene import CANCELLED, Scene, at, names
 
 from edge_agent import effects
@@ -185,3 +185,15 @@ def test_a_plan_in_which_one_member_does_most_of_the_work_is_refused(
     plan = msgspec.structs.replace(scene.opening(), steps=steps, depths=depths)
     assert [tell.refusal for tell in scene.hears(plan)] == ["idle-plan"]
     assert scene.agent.phase is Phase.OFFERED
+
+
+def test_devices_accept_a_hubs_plan_of_three_deep_and_five_shallow_members() -> None:
+    """Where depths differ they are all named: a device does not know how many layers `all` is."""
+    fleet = Fleet(8)
+    for number, device in enumerate(fleet.devices.values()):
+        pace = 1.0 if number < 3 else 700.0
+        device.saved = msgspec.structs.replace(device.saved, seconds_per_step=pace)
+    fleet.begin(campaign(8, rounds=1, layers=24))
+    fleet.settle()
+    assert [device.refusals for device in fleet.devices.values()] == [[]] * 8
+    assert len(fleet.opened()) == 1

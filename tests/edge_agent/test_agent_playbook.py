@@ -88,7 +88,9 @@ def test_a_whole_round() -> None:
         "SetTimer ready",
     ]
     assert names(scene.hears(scene.card())) == ["Save"]
-    assert names(scene.hears(scene.opening())) == ["Save", "CancelTimer ready", "FetchBlob"]
+    out = scene.hears(scene.opening())
+    assert names(out) == ["Save", "CancelTimer ready", "SetTimer result", "FetchBlob"]
+    assert out[2].seconds > 3_600, "the window, and then it asks"
     out = scene.when(effects.Fetched(campaign(5).adapter.sha256))
     assert names(out) == ["Train"]
     assert out[0].steps == 5
@@ -156,6 +158,17 @@ def test_five_silences_tell_the_owner_once() -> None:
         e for _ in range(9) for e in scene.when(effects.TimerFired("receipt")) if isinstance(e, effects.Tell)
     ]
     assert [tell.refusal for tell in told] == ["hub-silent"]
+
+
+@pytest.mark.parametrize("phase", [Phase.LOADING, Phase.TRAINING, Phase.INTERRUPTED, Phase.SEALING])
+def test_a_round_ends_on_the_device_too_when_its_result_was_lost(phase: Phase) -> None:
+    """Otherwise a slow device works for hours for a round that is over, and its bloc waits for it."""
+    scene = at(phase)
+    stopped = ["StopWork"] if phase in (Phase.TRAINING, Phase.SEALING) else []
+    out = scene.when(effects.TimerFired("result"))
+    assert names(out) == [*stopped, "Save", "Publish decline", "SetTimer result"]
+    assert scene.agent.phase is Phase.AWAITING
+    assert scene.when(effects.TimerFired("receipt")) == []
 
 
 def test_a_round_that_was_missed_altogether_spends_the_ready() -> None:
@@ -273,9 +286,9 @@ def test_a_refused_report_waits_for_the_end_of_the_round() -> None:
         (Phase.IDLE, []),
         (Phase.FETCHING, ["FetchBundle"]),
         (Phase.OFFERED, ["Publish ready", "SetTimer ready"]),
-        (Phase.LOADING, ["FetchBlob"]),
-        (Phase.TRAINING, ["FetchBlob"]),
-        (Phase.INTERRUPTED, ["FetchBlob"]),
+        (Phase.LOADING, ["SetTimer result", "FetchBlob"]),
+        (Phase.TRAINING, ["SetTimer result", "FetchBlob"]),
+        (Phase.INTERRUPTED, ["SetTimer result", "FetchBlob"]),
         (Phase.SEALING, ["Save", "Publish decline", "SetTimer result"]),
         (Phase.SENDING, ["Publish report", "SetTimer receipt"]),
         (Phase.AWAITING, ["Publish report", "SetTimer result"]),
