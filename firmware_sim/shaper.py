@@ -330,7 +330,6 @@ class _Way:
         while True:
             arrives, data = await self._flying.get()
             await self._port.clock.until(arrives)
-            await self._port.carrying()
             if not data:
                 break
             writer.write(data)

@@ -235,7 +235,7 @@ def test_a_reader_that_does_not_read_stops_the_writer() -> None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         client.setblocking(False)
         blocked = 0
-        while blocked < 40:  # nothing more was taken in forty looks
+        while blocked < 40 and sent < len(data):  # nothing more was taken in forty looks
             try:
                 sent += client.send(data[sent : sent + (1 << 20)])
                 blocked = 0
