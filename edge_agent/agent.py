@@ -135,6 +135,7 @@ class Agent(RoundWorker):
             # Masks may have been made and the report was not finished: never build it a second time.
             yield from self._sit_out("interrupted-while-sealing")
         else:
+            yield self._window()
             yield from self._load()
 
     def _connected(self, now: float, event: effects.Connected) -> Iterator[Effect]:
@@ -295,6 +296,7 @@ class Agent(RoundWorker):
             opened=envelope, last_round=opened.message.round, consumed=b"", report=b"", accepted=False
         )
         yield effects.CancelTimer("ready")
+        yield self._window()
         yield from self._load()
 
     def _open_again(self, now: float, argument: tuple[Opened[Open], bytes]) -> Iterator[Effect]:
@@ -352,9 +354,15 @@ TRANSITIONS: Final[dict[Phase, dict[type, Handler]]] = {
         effects.Conditions: Agent._interrupt,
         effects.Trained: Agent._consume,
         effects.WorkFailed: Agent._failed,
+        effects.TimerFired: Agent._overdue,
     },
-    Phase.INTERRUPTED: {**_ROUND, effects.Conditions: Agent._go_on},
-    Phase.SEALING: {**_ROUND, effects.Sealed: Agent._sealed, effects.WorkFailed: Agent._failed},
+    Phase.INTERRUPTED: {**_ROUND, effects.Conditions: Agent._go_on, effects.TimerFired: Agent._overdue},
+    Phase.SEALING: {
+        **_ROUND,
+        effects.Sealed: Agent._sealed,
+        effects.WorkFailed: Agent._failed,
+        effects.TimerFired: Agent._overdue,
+    },
     Phase.SENDING: {**_ROUND, effects.TimerFired: Agent._receipt_late, Receipt: Agent._receipt},
     Phase.AWAITING: {**_ROUND, effects.TimerFired: Agent._result_late},
     Phase.CLOSED: {},

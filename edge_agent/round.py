@@ -230,6 +230,19 @@ class RoundWorker(ABC):
     def _load_again(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
         if event.name == "fetch":
             yield effects.FetchBlob(self.announcement.url, self.open_message.adapter)
+        else:
+            yield from self._overdue(now, event)
+
+    def _window(self) -> effects.SetTimer:
+        """A round's lease on this device; a RESULT that is lost must not leave it at work for ever."""
+        return effects.SetTimer("result", self.open_message.window_seconds + RESULT_SECONDS)
+
+    def _overdue(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
+        """The window is over and no RESULT has come: the work is stopped, and the decline asks how the round ended."""
+        if event.name == "result":
+            if self.phase in (Phase.TRAINING, Phase.SEALING):
+                yield effects.StopWork(self.transcript)
+            yield from self._sit_out("window-over")
 
     def _sit_out(self, reason: str) -> Iterator[Effect]:
         """Declines the running round: what was to be sent is carried, and the RESULT ends the round."""

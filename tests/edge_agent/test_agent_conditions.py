@@ -61,7 +61,7 @@ def test_an_open_may_hold_any_ready_of_ours_with_the_current_prekey() -> None:
     early = scene.opening()
     scene.conditions(hot=True)
     assert scene.saved.ready not in early.roster
-    assert names(scene.hears(early)) == ["Save", "CancelTimer ready", "FetchBlob"]
+    assert names(scene.hears(early)) == ["Save", "CancelTimer ready", "SetTimer result", "FetchBlob"]
     out = scene.when(effects.Fetched(campaign(5).adapter.sha256))
     assert out[0].steps == 5
 
@@ -111,7 +111,7 @@ def test_an_open_that_comes_when_work_is_not_allowed_waits_for_better_times() ->
     scene = at(Phase.OFFERED)
     scene.hears(scene.card())
     scene.conditions(allowed=False)
-    assert names(scene.hears(scene.opening())) == ["Save", "CancelTimer ready"]
+    assert names(scene.hears(scene.opening())) == ["Save", "CancelTimer ready", "SetTimer result"]
     assert scene.agent.phase is Phase.INTERRUPTED
     assert names(scene.conditions()) == ["FetchBlob"]
 
@@ -197,3 +197,16 @@ def test_devices_accept_a_hubs_plan_of_three_deep_and_five_shallow_members() -> 
     fleet.settle()
     assert [device.refusals for device in fleet.devices.values()] == [[]] * 8
     assert len(fleet.opened()) == 1
+
+
+# ---------------------------------------------------------------- the window is a lease
+@pytest.mark.parametrize("phase", [Phase.LOADING, Phase.TRAINING, Phase.INTERRUPTED, Phase.SEALING])
+def test_a_round_whose_window_is_over_ends_even_when_its_result_was_lost(phase: Phase) -> None:
+    """Not a decline for an interruption: the time in which it might have gone on is over."""
+    scene = at(phase)
+    stopped = ["StopWork"] if phase in (Phase.TRAINING, Phase.SEALING) else []
+    expected = [*stopped, "Save", "Publish decline", "SetTimer result"]
+    assert names(scene.when(effects.TimerFired("result"))) == expected
+    assert scene.agent.phase is Phase.AWAITING
+    assert scene.saved.consumed == scene.agent.transcript, "whatever was begun is never sealed"
+    assert "KeepCarry" in names(scene.hears(scene.result(opened=False, reason="window-over")))

@@ -90,7 +90,7 @@ def test_a_whole_round() -> None:
     assert names(scene.hears(scene.card())) == ["Save"]
     out = scene.hears(scene.opening())
     assert names(out) == ["Save", "CancelTimer ready", "SetTimer result", "FetchBlob"]
-    assert out[2].seconds > 3_600, "the window, and then it asks"
+    assert out[2].seconds > scene.agent.open_message.window_seconds, "then it asks how the round ended"
     out = scene.when(effects.Fetched(campaign(5).adapter.sha256))
     assert names(out) == ["Train"]
     assert out[0].steps == 5
