@@ -104,9 +104,7 @@ class Draw(Sequence[DeviceParts]):
         speed = stream.lognormal(1.0, SPEED_SPREAD)
         samples = stream.lognormal(math.exp(group.samples[0]), group.samples[1])
         charge = stream.uniform(CHARGE_MIN, 1.0)
-        battery = Battery(
-            power, stream.uniform(*power.battery_wh), stream.uniform(*power.panel_watts), charge
-        )
+        wh, panel_watts = stream.uniform(*power.battery_wh), stream.uniform(*power.panel_watts)
         sessions, series = self._replayed(group, stream)
         return DeviceParts(
             number=number,
@@ -114,7 +112,7 @@ class Draw(Sequence[DeviceParts]):
             board=made,
             speed=speed,
             thermal=thermal(made, group.enclosure, ambient_celsius(*group.ambient_celsius, zone)),
-            battery=battery,
+            battery=kind.mains or Battery(power, wh, panel_watts, charge),
             link=Link(group.link.kind, Stream(self._seed, number, "link"), group.link.loss, series),
             presence=presence(group.presence, Stream(self._seed, number, "presence"), zone, sessions),
             policy=kind.policy,
@@ -159,6 +157,7 @@ class _Kind:
     boards: tuple[BoardClass, ...]
     weights: tuple[float, ...]
     policy: Policy
+    mains: Battery | None  # one for all: on mains it is always full, and so has no state
 
 
 def _kind(group: Group, traces: TraceSource | None) -> _Kind:
@@ -174,7 +173,8 @@ def _kind(group: Group, traces: TraceSource | None) -> _Kind:
                 hint="add --traces PATH, or choose another kind",
             )
     boards = tuple(board(name) for name in group.boards)
-    return _Kind(group, boards, tuple(group.boards.values()), policy_of(group.owner))
+    mains = Battery(group.power, 1.0, 0.0, 1.0) if group.power.kind == "mains" else None
+    return _Kind(group, boards, tuple(group.boards.values()), policy_of(group.owner), mains)
 
 
 def _part(weights: Sequence[float], at: float) -> tuple[int, float]:

@@ -8,6 +8,7 @@ way on a connection that broke is lost upwards (the machine says it again) and q
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from functools import lru_cache
 from statistics import NormalDist
@@ -62,6 +63,8 @@ class Broker:
         self.retained: dict[str, bytes] = {}  # of the hub; the states of devices are on them
         self.for_hub: deque[Message] = deque()  # while the hub is away
         self._generation = 0
+        # When the last message of each connection arrives: the next one does not overtake it.
+        self._up_until, self._down_until = (array("d", bytes(8 * len(world.devices))) for _ in range(2))
 
     # ------------------------------------------------------------ device -> hub
     def from_device(self, device: Device, topic: str, payload: bytes) -> None:
@@ -79,9 +82,9 @@ class Broker:
                     world.ask(world.now + delay + extra, number, TO_HUB, (topic, copy), device.link)
                 return
         arrives = world.now + delay
-        if arrives < device.up_until:
-            arrives = device.up_until
-        device.up_until = arrives
+        if arrives < self._up_until[number]:
+            arrives = self._up_until[number]
+        self._up_until[number] = arrives
         world.ask(arrives, number, TO_HUB, (topic, payload), device.link)
 
     def _delay(self, device: Device, size: int, *, up: bool) -> float:
@@ -166,9 +169,9 @@ class Broker:
                     world.ask(at, device.number, TO_DEVICE, (topic, copy), device.link)
                 return
         arrives = world.now + delay
-        if arrives < device.down_until:
-            arrives = device.down_until
-        device.down_until = arrives
+        if arrives < self._down_until[device.number]:
+            arrives = self._down_until[device.number]
+        self._down_until[device.number] = arrives
         world.ask(arrives, device.number, TO_DEVICE, (topic, payload), device.link)
 
     def arrives(self, number: int, message: Message, generation: int, _sequence: int) -> None:
@@ -229,7 +232,7 @@ class Broker:
             return
         device.connected = False
         device.link += 1
-        device.up_until = device.down_until = 0.0
+        self._up_until[device.number] = self._down_until[device.number] = 0.0
         self.world.work.pause(device)
         if will:
             self.world.ask(self.world.now + WILL_SECONDS, device.number, WILL, None, device.link)

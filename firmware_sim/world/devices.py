@@ -51,7 +51,6 @@ class Device:
         "connected",
         "cut_until",
         "disk",
-        "down_until",
         "draws",
         "job",
         "link",
@@ -66,7 +65,6 @@ class Device:
         "session",
         "told",
         "up_since",
-        "up_until",
         "waits",
     )
 
@@ -78,7 +76,7 @@ class Device:
         self.power = self.link = self.look = self.said_boot = 0  # generations
         self.connected = self.waits = False  # `waits`: booted, and the clock is not right yet
         self.present: bool | None = None  # what its retained state says
-        self.up_since = self.up_until = self.down_until = self.cut_until = 0.0
+        self.up_since = self.cut_until = 0.0
         self.recover = RECOVER_SECONDS[0]
         self.session: list[Message] | None = None
         self.told: Conditions | None = None
@@ -97,7 +95,7 @@ class Fleet:
         self.world = world
         self._timers: dict[str, array[int]] = defaultdict(lambda: array("q", bytes(8 * len(world.devices))))
         self._fired: dict[str, effects.TimerFired] = {}
-        self._facts: dict[Facts, Facts] = {}
+        self._conditions: dict[Conditions, Conditions] = {}
         self._offsets: dict[int, float] = {}  # of clocks that are wrong
         self._latest: dict[int, float] = {}  # the latest time told by such a clock: it never goes back
         self.carry_out: dict[type[Effect], Callable[[Device, Any], None]] = {
@@ -110,9 +108,9 @@ class Fleet:
             effects.DropCarry: self._drop_carry,
         }
 
-    def shared(self, facts: Facts) -> Facts:
-        """One object for all devices that have the same facts."""
-        return self._facts.setdefault(facts, facts)
+    def shared(self, found: Conditions) -> Conditions:
+        """One object for all devices of which the same may be said."""
+        return self._conditions.setdefault(found, found)
 
     # ------------------------------------------------------------ life
     def power_on(self, device: Device) -> None:

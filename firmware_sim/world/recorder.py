@@ -10,7 +10,7 @@ import statistics
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from edge_agent.effects import AgentState
 from edge_agent.round import Phase
@@ -31,7 +31,10 @@ EVALUATE_SECONDS: Final = 300.0  # at most so often, and only when the adapter i
 SAMPLED_DEVICES_MAX: Final = 1_000
 SAMPLES: Final = 96  # looks at why devices do not work, over the run
 STRIP_DEVICES, STRIP_COLUMNS = 120, 240
+STRIP_IN_NO_BLOC: Final = 16  # of the devices shown
+STRIP_ALL_MAX: Final = 20_000  # fleets of which every device is looked at until the first blocs are formed
 BREAKERS: Final = 50
+Item = TypeVar("Item")
 _MEGA: Final = 1e6
 _KILO: Final = 1e3
 
@@ -55,7 +58,7 @@ class Recorder:
         self.work = self.good_work = 0.0
         self.refusals: Counter[str] = Counter()
         self.ledger: Counter[str] = Counter()
-        self._bloc_of: dict[int, str] = {}
+        self._bloc_of = [""] * devices
         self._begun_rounds: dict[tuple[str, str, int], float] = {}
         self._round_seconds: list[float] = []
         self._formations: set[str] = set()
@@ -66,7 +69,10 @@ class Recorder:
         self._starving = 0.0
         self._why_not: dict[str, float] = defaultdict(float)
         self._day = 0
-        self._strip: list[list[str]] = []
+        self._strip: list[str] = []  # a column each, a letter for each device that is shown
+        every = devices <= STRIP_ALL_MAX
+        self._shown = list(world.devices) if every else self._every(STRIP_DEVICES)
+        self._settled = not every or devices <= STRIP_DEVICES
         self._opened_columns = [0] * STRIP_COLUMNS
         self._rows: dict[type, Callable[[Any], None]] = {
             CampaignRow: self._campaign,
@@ -192,7 +198,9 @@ class Recorder:
     def sample(self, _number: int, kind: str, _generation: int, _sequence: int) -> None:
         """One look at the fleet."""
         if kind == "strip":
-            self._strip.append([self._letter(device) for device in self._shown()])
+            if self._bloc_of:
+                self._settle()
+            self._strip.append("".join(map(self._letter, self._shown)))
         else:
             self._ask_why()
         count = STRIP_COLUMNS if kind == "strip" else SAMPLES
@@ -203,8 +211,22 @@ class Recorder:
         step = max(1, -(-len(devices) // most))
         return devices[::step]
 
-    def _shown(self) -> list[Device]:
-        return self._every(STRIP_DEVICES)
+    def _settle(self) -> None:
+        """From all devices to those that the strip shows: members of some whole blocs, and some in none. Once."""
+        if self._settled:
+            return
+        self._settled = True
+        blocs: dict[str, list[int]] = defaultdict(list)
+        for number, bloc in sorted(self._bloc_of.items()):
+            blocs[bloc].append(number)
+        whole = _evenly(
+            list(blocs.values()), (STRIP_DEVICES - STRIP_IN_NO_BLOC) // self.world.scenario.campaign.bloc
+        )
+        kept = [number for members in whole for number in members]
+        others = [device.number for device in self._shown if device.number not in self._bloc_of]
+        kept += _evenly(others, STRIP_DEVICES - len(kept))
+        self._strip = ["".join(column[number] for number in kept) for column in self._strip]
+        self._shown = [self.world.devices[number] for number in kept]
 
     def _ask_why(self) -> None:
         chosen = self._every(SAMPLED_DEVICES_MAX)
@@ -271,7 +293,7 @@ class Recorder:
             wall_seconds=wall_seconds,
             bytes_per_device=bytes_per_device,
             blocs=len(world.hub.store.blocs),
-            devices_in_blocs=len(self._bloc_of),
+            devices_in_blocs=sum(self._in_bloc),
             formations=len(self._formations),
             adapter_version=max((row.adapter_version for row in rows), default=0),
             classes=self._classes(),
@@ -346,21 +368,22 @@ class Recorder:
             outcome.Breaker(
                 device=row.id,
                 board=self.world.devices[int(row.id[1:])].parts.board.name,
-                bloc=self._bloc_of.get(int(row.id[1:]), ""),
+                bloc=self._bloc_of[int(row.id[1:])],
                 hours=row.blocked_seconds / HOUR,
             )
             for row in rows[:BREAKERS]
         ]
 
     def _as_strip(self) -> outcome.Strip:
-        shown = self._shown()
+        self._settle()
+        shown = self._shown
         return outcome.Strip(
             seconds=self._span(STRIP_COLUMNS),
             devices=[name_of(device.number) for device in shown],
             boards=[device.parts.board.name for device in shown],
             rows=["".join(column[place] for column in self._strip) for place in range(len(shown))],
             opened=self._opened_columns[: len(self._strip)],
-            blocs=[self._bloc_of.get(device.number, "") for device in shown],
+            blocs=[self._bloc_of[device.number] for device in shown],
         )
 
 
@@ -369,6 +392,11 @@ def _plain(why: str) -> str:
     if not why.startswith("waiting for "):
         return why or "not heard of"
     return "waits for members" if why.endswith(" members") else "waits for one member"
+
+
+def _evenly(items: list[Item], count: int) -> list[Item]:
+    """At most `count` of them, spread over all."""
+    return [items[place * len(items) // count] for place in range(count)] if len(items) > count else items
 
 
 def _blocked(row: DeviceRow) -> tuple[float, str]:

@@ -61,6 +61,8 @@ class Stream:
         words = b"".join(self.word().to_bytes(8, "little") for _ in range((count + 7) // 8))
         return words[:count]
 
+    __call__ = bytes  # as the machines ask for entropy: an object less than a bound method
+
     def pick(self, items: Sequence[Item], weights: Sequence[float] | None = None) -> Item:
         """One of `items`, each as likely as its weight says."""
         if weights is None:

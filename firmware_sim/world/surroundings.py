@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
@@ -47,9 +48,10 @@ class Surroundings:
         self.world = world
         self._metered: dict[int, bool] = {}
         self._heat: dict[int, float] = {}
-        self._history: dict[
-            int, tuple[float, float]
-        ] = {}  # when it was last brought up to date, and the share then
+        # Share of the last days that a device was on, and when that was last brought up to date.
+        shares = (long_run_share(device.parts.group.presence) for device in world.devices)
+        self._on_share = array("f", shares)
+        self._on_since = array("f", bytes(4 * len(world.devices)))
         self._owners: dict[int, tuple[Iterator[tuple[float, str]], Stream]] = {}
         self._forced: dict[
             int, int
@@ -118,14 +120,15 @@ class Surroundings:
 
     def share_on(self, device: Device) -> float:
         """Of the last seven days: at the world's start the long run's, then fading into what happened."""
-        at, share = self._history.get(device.number) or (0.0, long_run_share(device.parts.group.presence))
-        keep = math.exp(-(self.world.now - at) / HISTORY_SECONDS)
-        return keep * share + (1.0 - keep) * float(device.on)
+        return self._faded(device.number, on=device.on)
 
     def _remember(self, device: Device, *, on: bool) -> None:
-        at, share = self._history.get(device.number) or (0.0, long_run_share(device.parts.group.presence))
-        keep = math.exp(-(self.world.now - at) / HISTORY_SECONDS)
-        self._history[device.number] = self.world.now, keep * share + (1.0 - keep) * float(on)
+        self._on_share[device.number] = self._faded(device.number, on=on)
+        self._on_since[device.number] = self.world.now
+
+    def _faded(self, number: int, *, on: bool) -> float:
+        keep = math.exp(-(self.world.now - self._on_since[number]) / HISTORY_SECONDS)
+        return keep * self._on_share[number] + (1.0 - keep) * float(on)
 
     # ------------------------------------------------------------ conditions
     def judge(self, device: Device) -> Conditions:
@@ -159,7 +162,7 @@ class Surroundings:
             rounds_spent=device.disk.state.rounds_opened,
             local_hour=hour,
         )
-        return Conditions(found.allowed, found.stay_seconds, world.fleet.shared(found.facts), found.reason)
+        return world.fleet.shared(found)
 
     def look(self, number: int, _argument: object, generation: int, _sequence: int) -> None:
         """Something may have changed."""
