@@ -10,7 +10,7 @@ import statistics
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from edge_agent.effects import AgentState
 from edge_agent.round import Phase
@@ -19,7 +19,8 @@ from firmware_sim.parts.hours import DAY, HOUR
 from firmware_sim.world import outcome
 from firmware_sim.world.clock import SAMPLE
 from firmware_sim.world.devices import EMPTY, FORCED, GONE
-from firmware_sim.world.standins import HUB, name_of
+from firmware_sim.world.standins import HUB
+from firmware_sim.world.timeline import COLUMNS, Timeline
 from firmware_sim.world.work import RADIO_WATTS
 from hub.effects import BlocRow, CampaignRow, DeviceRow, LedgerEntry
 
@@ -30,11 +31,7 @@ if TYPE_CHECKING:
 EVALUATE_SECONDS: Final = 300.0  # at most so often, and only when the adapter is another one
 SAMPLED_DEVICES_MAX: Final = 1_000
 SAMPLES: Final = 96  # looks at why devices do not work, over the run
-STRIP_DEVICES, STRIP_COLUMNS = 120, 240
-STRIP_IN_NO_BLOC: Final = 16  # of the devices shown
-STRIP_ALL_MAX: Final = 20_000  # fleets of which every device is looked at until the first blocs are formed
 BREAKERS: Final = 50
-Item = TypeVar("Item")
 _MEGA: Final = 1e6
 _KILO: Final = 1e3
 
@@ -69,11 +66,7 @@ class Recorder:
         self._starving = 0.0
         self._why_not: dict[str, float] = defaultdict(float)
         self._day = 0
-        self._strip: list[str] = []  # a column each, a letter for each device that is shown
-        every = devices <= STRIP_ALL_MAX
-        self._shown = list(world.devices) if every else self._every(STRIP_DEVICES)
-        self._settled = not every or devices <= STRIP_DEVICES
-        self._opened_columns = [0] * STRIP_COLUMNS
+        self._timeline = Timeline(world.devices, self._bloc_of)
         self._rows: dict[type, Callable[[Any], None]] = {
             CampaignRow: self._campaign,
             BlocRow: self._bloc,
@@ -183,13 +176,12 @@ class Recorder:
         self.opened_updates += len(members)
         for member in members:
             self._served[int(member[1:])] += 1
-        column = int(self.world.now / (self.world.days * DAY) * STRIP_COLUMNS)
-        self._opened_columns[min(column, STRIP_COLUMNS - 1)] += 1
+        self._timeline.count_opened(self.world.now / (self.world.days * DAY))
 
     # ------------------------------------------------------------ samples
     def begin(self) -> None:
         """Asks for the looks at the fleet."""
-        for kind, count in (("why", SAMPLES), ("strip", STRIP_COLUMNS)):
+        for kind, count in (("why", SAMPLES), ("strip", COLUMNS)):
             self.world.ask(self._span(count) / 2, HUB, SAMPLE, kind, 0)
 
     def _span(self, count: int) -> float:
@@ -198,35 +190,16 @@ class Recorder:
     def sample(self, _number: int, kind: str, _generation: int, _sequence: int) -> None:
         """One look at the fleet."""
         if kind == "strip":
-            if self._bloc_of:
-                self._settle()
-            self._strip.append("".join(map(self._letter, self._shown)))
+            self._timeline.look(bool(self.world.hub.store.blocs))
         else:
             self._ask_why()
-        count = STRIP_COLUMNS if kind == "strip" else SAMPLES
+        count = COLUMNS if kind == "strip" else SAMPLES
         self.world.ask(self.world.now + self._span(count), HUB, SAMPLE, kind, 0)
 
     def _every(self, most: int) -> list[Device]:
         devices = self.world.devices
         step = max(1, -(-len(devices) // most))
         return devices[::step]
-
-    def _settle(self) -> None:
-        """From all devices to those that the strip shows: members of some whole blocs, and some in none. Once."""
-        if self._settled:
-            return
-        self._settled = True
-        blocs: dict[str, list[int]] = defaultdict(list)
-        for number, bloc in sorted(self._bloc_of.items()):
-            blocs[bloc].append(number)
-        whole = _evenly(
-            list(blocs.values()), (STRIP_DEVICES - STRIP_IN_NO_BLOC) // self.world.scenario.campaign.bloc
-        )
-        kept = [number for members in whole for number in members]
-        others = [device.number for device in self._shown if device.number not in self._bloc_of]
-        kept += _evenly(others, STRIP_DEVICES - len(kept))
-        self._strip = ["".join(column[number] for number in kept) for column in self._strip]
-        self._shown = [self.world.devices[number] for number in kept]
 
     def _ask_why(self) -> None:
         chosen = self._every(SAMPLED_DEVICES_MAX)
@@ -249,18 +222,6 @@ class Recorder:
         if agent.phase is Phase.OFFERED:
             return _plain(self.world.hub.why_not(device.number))
         return _WHY[agent.phase]
-
-    def _letter(self, device: Device) -> str:
-        if device.off:
-            return "x" if device.off & GONE else "."
-        agent = device.agent
-        if agent is None:
-            return "i"
-        if agent.phase is Phase.TRAINING and device.job is not None:
-            return "h" if device.job.throttled else "t"
-        if agent.phase is Phase.OFFERED and device.told is not None and not device.told.allowed:
-            return "n"
-        return _LETTERS[agent.phase]
 
     # ------------------------------------------------------------ the result
     def result(self, cpu_seconds: float, wall_seconds: float, bytes_per_device: float) -> outcome.WorldResult:
@@ -306,7 +267,7 @@ class Recorder:
             faults=dict(world.faults.counts) if world.faults is not None else {},
             refusals=dict(sorted(self.refusals.items())),
             violations=[],
-            strip=self._as_strip(),
+            strip=self._timeline.strip(self._span(COLUMNS)),
         )
 
     def _classes(self) -> dict[str, outcome.ClassFigures]:
@@ -374,18 +335,6 @@ class Recorder:
             for row in rows[:BREAKERS]
         ]
 
-    def _as_strip(self) -> outcome.Strip:
-        self._settle()
-        shown = self._shown
-        return outcome.Strip(
-            seconds=self._span(STRIP_COLUMNS),
-            devices=[name_of(device.number) for device in shown],
-            boards=[device.parts.board.name for device in shown],
-            rows=["".join(column[place] for column in self._strip) for place in range(len(shown))],
-            opened=self._opened_columns[: len(self._strip)],
-            blocs=[self._bloc_of[device.number] for device in shown],
-        )
-
 
 def _plain(why: str) -> str:
     """The hub's reason without names, so that hours add up."""
@@ -394,27 +343,10 @@ def _plain(why: str) -> str:
     return "waits for members" if why.endswith(" members") else "waits for one member"
 
 
-def _evenly(items: list[Item], count: int) -> list[Item]:
-    """At most `count` of them, spread over all."""
-    return [items[place * len(items) // count] for place in range(count)] if len(items) > count else items
-
-
 def _blocked(row: DeviceRow) -> tuple[float, str]:
     return -row.blocked_seconds, row.id
 
 
-_LETTERS: Final[dict[Phase, str]] = {
-    Phase.IDLE: "i",
-    Phase.FETCHING: "l",
-    Phase.OFFERED: "w",
-    Phase.LOADING: "l",
-    Phase.TRAINING: "t",
-    Phase.INTERRUPTED: "n",
-    Phase.SEALING: "s",
-    Phase.SENDING: "s",
-    Phase.AWAITING: "a",
-    Phase.CLOSED: "i",
-}
 _WHY: Final[dict[Phase, str]] = {
     Phase.IDLE: "no campaign",
     Phase.FETCHING: "fetches the bundle",
