@@ -53,8 +53,12 @@ def clusters(strip: Strip, labels: dict[str, str]) -> list[Cluster]:
             groups.setdefault(bloc, []).append(place)
         outside = groups.pop("", [])
         ordered = sorted(groups.items(), key=lambda item: _natural(item[0]))
-        found = [Cluster(f"bloc {name}", tuple(members), True) for name, members in ordered]
-        return [*found, Cluster("in no bloc", tuple(outside), False)] if outside else found
+        found = [
+            Cluster(f"bloc {name}", tuple(members), True) for name, members in ordered if _is_whole(members)
+        ]
+        parts = [place for _, members in ordered if not _is_whole(members) for place in members]
+        rest = (("in other blocs", parts), ("in no bloc", outside))
+        return [*found, *(Cluster(name, tuple(members), False) for name, members in rest if members)]
     for place, board in enumerate(strip.boards):
         groups.setdefault(board, []).append(place)
     return [Cluster(labels.get(name, name), tuple(members), False) for name, members in groups.items()]
@@ -65,6 +69,11 @@ def _shows_blocs(strip: Strip) -> bool:
     sizes = Counter(bloc for bloc in strip.blocs if bloc)
     whole = sum(count for count in sizes.values() if count >= limits.BLOC_DEVICES_MIN)
     return bool(sizes) and whole * 2 >= sum(sizes.values())
+
+
+def _is_whole(members: Sequence[int]) -> bool:
+    """Enough of a bloc is shown to draw it as one."""
+    return len(members) >= limits.BLOC_DEVICES_MIN
 
 
 def _natural(name: str) -> tuple[int, str]:

@@ -143,9 +143,9 @@ def strip(rows: list[str], blocs: list[str], opened: list[int] | None = None) ->
 
 
 def test_blocs_that_are_shown_whole_stand_in_rings() -> None:
-    found = clusters(strip(["w"] * 17, ["b10"] * 8 + ["b2"] * 8 + [""]), LABELS)
+    found = clusters(strip(["w"] * 19, ["b10"] * 8 + ["b2"] * 8 + ["", "b3", "b4"]), LABELS)
     assert [(c.name, c.is_bloc, len(c.members)) for c in found] == [
-        ("bloc b2", True, 8), ("bloc b10", True, 8), ("in no bloc", False, 1),
+        ("bloc b2", True, 8), ("bloc b10", True, 8), ("in other blocs", False, 2), ("in no bloc", False, 1),
     ]  # fmt: skip
 
 
