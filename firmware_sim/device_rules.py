@@ -14,6 +14,7 @@ from typing import Final, NoReturn
 from edge_agent import effects
 from edge_agent.effects import AgentState
 from fedge import topics
+from fedge.limits import BLOC_DEVICES_MIN
 from fedge.messages import Announcement, Report, decode, decode_envelope
 from fedge.update.spec import UpdateCodec
 from firmware_sim.tampering import tag
@@ -39,10 +40,13 @@ class DeviceMemory:
 
 
 class DeviceRules:
-    """The rules over all devices; `fail` raises, `fate` asks what became of a round at the hub."""
+    """The rules over all devices; `fail` raises, `fate` asks what became of a round at the hub.
 
-    def __init__(self, fail: Fail, fate: Fate) -> None:
-        self._fail, self._fate = fail, fate
+    `floor` is the smallest bloc that a device's owner allows now.
+    """
+
+    def __init__(self, fail: Fail, fate: Fate, floor: Callable[[str], int]) -> None:
+        self._fail, self._fate, self._floor = fail, fate, floor
         self.devices: dict[str, DeviceMemory] = {}
 
     def memory(self, device: str) -> DeviceMemory:
@@ -118,6 +122,8 @@ class DeviceRules:
     def _seals(self, device: str, memory: DeviceMemory, effect: effects.Seal) -> None:
         if memory.state.consumed != effect.transcript:
             self._fail("consumed", f"{device} makes masks and `consumed` is not durable")
+        if len(effect.roster) < max(self._floor(device), BLOC_DEVICES_MIN):
+            self._fail("leverage", f"{device} takes part in a bloc that is smaller than its owner allows")
         if effect.transcript in memory.sealed:
             self._fail("masked-twice", f"{device} masks one transcript a second time")
         used = hashlib.sha256(effect.prekey).digest()

@@ -51,7 +51,7 @@ class CampaignMemory:
 
 
 class HubRules:
-    """The rules over all campaigns. `sent` and `blob` look into the world; `floor` is each owner's smallest bloc."""
+    """The rules over all campaigns. `sent` and `blob` look into the world."""
 
     def __init__(
         self,
@@ -60,11 +60,10 @@ class HubRules:
         *,
         sent: Sent,
         blob: Callable[[bytes], bytes],
-        floor: Callable[[str], int],
         exact_every: int,
     ) -> None:
         self._fail, self._devices = fail, devices
-        self._sent, self._blob, self._floor, self._exact_every = sent, blob, floor, exact_every
+        self._sent, self._blob, self._exact_every = sent, blob, exact_every
         self.campaigns: dict[str, CampaignMemory] = {}
         self.rounds: dict[bytes, RoundRow] = {}  # as last saved while open
         self.ended: dict[bytes, tuple[str, str]] = {}  # transcript -> campaign, "opened" or "sat-out"
@@ -134,8 +133,8 @@ class HubRules:
         for member in row.members:
             if known.partition.setdefault(member, row.id) != row.id:
                 self._fail("partition", f"{member} is in {known.partition[member]} and in {row.id}")
-            if len(row.members) < max(self._floor(member), BLOC_DEVICES_MIN):
-                self._fail("leverage", f"{row.id} is smaller than {member}'s owner allows")
+        if len(row.members) < BLOC_DEVICES_MIN:
+            self._fail("leverage", f"{row.id} has {len(row.members)} members")
 
     # ------------------------------------------------------------ rounds
     def _round(self, row: RoundRow) -> None:

@@ -43,7 +43,7 @@ class Invariants:
         seed: int = 0,
         replay: str = "",
     ) -> None:
-        self._clock, self._floor = clock, floor
+        self._clock = clock
         self._seed, self._replay = seed, replay
         self._trail: deque[tuple[float, str, object]] = deque(maxlen=TRAIL_EVENTS)
         self.hub_rules = HubRules(
@@ -51,10 +51,9 @@ class Invariants:
             lambda: self.device_rules,
             sent=sent,
             blob=blob,
-            floor=floor,
             exact_every=exact_every,
         )
-        self.device_rules = DeviceRules(self.fail, self.hub_rules.fate)
+        self.device_rules = DeviceRules(self.fail, self.hub_rules.fate, floor)
 
     # ------------------------------------------------------------ what happens
     def device(self, name: str, effect: object) -> None:
@@ -80,10 +79,10 @@ class Invariants:
         for known in self.hub_rules.campaigns.values():
             if len(known.partition) > LEVERAGE_DEVICES_MAX:
                 continue
-            opened = [bloc.members for bloc in known.blocs.values() if bloc.opened]
+            blocs = {member: bloc for bloc in known.blocs.values() if bloc.opened for member in bloc.members}
+            opened = {bloc.members: None for bloc in blocs.values()}
             for device, share in leverages(opened).items():
-                floor = max(self._floor(device), BLOC_DEVICES_MIN)
-                if share > 1 / floor + 1e-9:
+                if share > 1 / len(blocs[device].members) + 1e-9:
                     self.fail("leverage", f"{share:.3f} of {device}'s update can be resolved")
 
     # ------------------------------------------------------------ what was seen
