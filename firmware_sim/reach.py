@@ -45,16 +45,18 @@ class Case:
 CASES: Final = (
     Case("as shipped"),
     Case("window 30 min", {"window_seconds": 1_800}),
-    Case("window 6 h", {"window_seconds": 21_600}),
+    Case("window 2 h", {"window_seconds": 7_200}),
+    Case("window 8 h", {"window_seconds": 28_800}),
     Case("blocs formed at once", {"form_at_share": 0.0, "form_seconds": 60.0}),
     Case("newcomers' blocs after 10 min", {"form_seconds": 600.0}),
     Case("newcomers' blocs after 2 h", {"form_seconds": 7_200.0}),
     Case("no quota", {"quota": 0.0}),
     Case("quota 1.5", {"quota": 1.5}),
+    Case("formed when 60 % are there", {"form_at_share": 0.6}),
     Case("formed by habit", habit=True),
     Case("one time zone, from noon", {"start_hour": 12.0}, time_zones=1),
     Case("one time zone, from 23:00", {"start_hour": 23.0}, time_zones=1),
-    Case("steps normalised", {"normalise_steps": True}),
+    Case("steps not normalised", {"normalise_steps": False}),
     Case("server rate 1", {"server_rate": 1.0}),
 )
 
