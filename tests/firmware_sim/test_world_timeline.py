@@ -1,5 +1,6 @@
 """The strip as it is recorded: everybody until blocs are formed, then whole blocs and some devices in none."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_a_large_fleet_without_blocs_is_shown_evenly(count: int) -> None:
     found = recorded(count, [""] * count, (False, False))
     assert len(found.rows) == DEVICES
     numbers = [int(device[1:]) for device in found.devices]
-    steps = {after - before for before, after in zip(numbers, numbers[1:], strict=False)}
+    steps = {after - before for before, after in pairwise(numbers)}
     assert steps <= {count // DEVICES, count // DEVICES + 1}
 
 
