@@ -179,17 +179,17 @@ def told_apart(sides: Sequence[Side]) -> list[Side]:
 def _row(measure: Measure, base: Side, other: Side) -> Row:
     ours = {run.seed: measure.value(run) for run in base.runs}
     theirs = {run.seed: measure.value(run) for run in other.runs}
-    ratios = [
-        found / before for seed, before in ours.items() if before and (found := theirs.get(seed)) is not None
-    ]
+    pairs = [(before, theirs[seed]) for seed, before in ours.items() if seed in theirs]
+    ratios = [found / before for before, found in pairs if before and found is not None]
+    whole = len(ratios) == len(pairs)  # else a range would be that of the seeds which happen to have one
     return Row(
         measure=measure,
         base=_median(ours.values()),
         other=_median(theirs.values()),
-        ratio=_median(ratios),
-        lowest=min(ratios, default=None),
-        highest=max(ratios, default=None),
-        seeds=len(ratios),
+        ratio=_median(ratios) if whole else None,
+        lowest=min(ratios, default=None) if whole else None,
+        highest=max(ratios, default=None) if whole else None,
+        seeds=len(ratios) if whole else 0,
     )
 
 

@@ -72,6 +72,13 @@ def test_what_was_not_measured_or_not_reached_is_missing() -> None:
     assert "loss at the end" in figures(Side("a", (bare_result(),)), Side("b", (bare_result(),)), None)
 
 
+def test_seeds_without_a_ratio_leave_none() -> None:
+    base = Side("a", (run(1), run(2, jain=0.0)))
+    found = figures(base, Side("b", (run(1), run(2))))
+    assert found["fairness (Jain)"] == (0.25, 0.5, None, None, None)
+    assert found["yield of finished updates"][2:] == (1.0, 1.0, 1.0)
+
+
 def test_a_difference_is_clear_when_every_seed_says_so() -> None:
     base = Side("a", (run(1), run(2)))
     rows = {
