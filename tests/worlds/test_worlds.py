@@ -42,8 +42,8 @@ def test_every_fault_of_the_storm_strikes_and_judging_changes_nothing() -> None:
     scenario, crcs = load_scenario("storm"), []
     assert scenario.faults.keys() == FAULTS.keys()
     for watched in (False, True):
-        faults = Faults(scenario.faults, 1, 60, DAYS)
-        world = World(scenario, devices=60, days=DAYS, seed=1, faults=faults)
+        faults = Faults({name: 4 * rate for name, rate in scenario.faults.items()}, 1, 40, 0.15)
+        world = World(scenario, devices=40, days=0.15, seed=1, faults=faults)
         if watched:
             WatchedWorld(world)
         crcs.append(world.run().crc)
