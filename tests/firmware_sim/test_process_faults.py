@@ -29,10 +29,9 @@ DEVICES = [f"d{number}" for number in range(8)]
 WRITER = """
 import os, pathlib, subprocess, sys, time
 if len(sys.argv) == 2:
-    subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[1], "child"], stdin=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[1], str(os.getpid())])
 else:
-    parent = os.getppid()
-    while os.getppid() == parent:
+    while os.getppid() == int(sys.argv[2]):
         try:
             pathlib.Path("big").write_bytes(bytes(100_000))
             pathlib.Path("wrote").touch()
@@ -153,6 +152,7 @@ def test_a_worker_is_killed_alone(fleet: LocalFleet) -> None:
 
 def test_a_frozen_process_can_be_stopped(fleet: LocalFleet) -> None:
     fleet.supervisor.freeze("d0")
+    eventually(lambda: states(fleet) == {psutil.STATUS_STOPPED})
     fleet.supervisor.stop()
     process = fleet.supervisor.children["d0"].process
     assert process is not None

@@ -213,6 +213,30 @@ def test_a_black_hole_keeps_the_connection_and_tells_nobody(sink: Sink) -> None:
             eventually(lambda: sink.received[0] == b"ab")
 
 
+def test_who_was_cut_off_inside_a_black_hole_never_arrives(sink: Sink) -> None:
+    with shaped() as shaper:
+        port = shaper.lay("d", "127.0.0.1", sink.port, Line(carries="nothing"))
+        with connect(port) as lost:
+            eventually(lambda: shaper.cut("d"))
+            with pytest.raises(ConnectionResetError):
+                lost.recv(1)
+        shaper.change("d", carries="all")
+        with connect(port) as client:
+            client.sendall(b"a")
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(100) == b"1"
+        assert sink.received == [bytearray(b"a")]
+
+
+def test_a_line_that_goes_down_resets_what_is_open(sink: Sink) -> None:
+    with shaped() as shaper, connect(shaper.lay("d", "127.0.0.1", sink.port, Line())) as client:
+        client.sendall(b"a")
+        eventually(lambda: sink.received == [bytearray(b"a")])
+        shaper.change("d", carries="refused")
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+
+
 def test_a_refused_line_resets_whoever_connects(sink: Sink) -> None:
     with shaped() as shaper:
         port = shaper.lay("d", "127.0.0.1", sink.port, Line(carries="refused"))
