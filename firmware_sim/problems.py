@@ -7,7 +7,6 @@ been right, the line where it can be found, and the nearest known name where one
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import types
 import typing
@@ -131,20 +130,13 @@ def _value(
 def _leaf(value: object, hint: Any, path: Path) -> typing.Iterator[Problem]:
     try:
         msgspec.convert(value, hint)
-        right = _finite(value) and not (_title(hint) == LOW_HIGH and _falls(value))
+        right = not (_title(hint) == LOW_HIGH and _falls(value))
     except msgspec.ValidationError:
         right = False
     if not right:
         literal = typing.get_origin(_bare(hint)) is Literal
         close = nearest(value, typing.get_args(_bare(hint))) if literal and isinstance(value, str) else ""
         yield Problem(path, value, f"must be {_rule(hint)}{close}")
-
-
-def _finite(value: object) -> bool:
-    """TOML has inf and nan, and nan passes every comparison of a decoder."""
-    if isinstance(value, list):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _falls(value: object) -> bool:

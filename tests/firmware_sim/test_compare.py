@@ -89,7 +89,10 @@ def test_a_difference_is_clear_when_every_seed_says_so() -> None:
     assert not rows["time to loss 0.25"].other_is_better
     mixed = Side("b", (run(1, hours=2.0), run(2, hours=0.4)))
     assert not {row.measure.name: row for row in rows_of(base, mixed, 0.25)}["time to loss 0.25"].is_clear
-    nearly = {row.measure.name: row for row in rows_of(base, Side("b", (run(1, jain=0.5004), run(2))), 0.25)}
+    nearly = {
+        row.measure.name: row
+        for row in rows_of(base, Side("b", (run(1, jain=0.5004), run(2, jain=0.5004))), 0.25)
+    }
     assert not nearly["fairness (Jain)"].is_clear
 
 
@@ -210,6 +213,8 @@ def test_bought_boards_can_stand_beside_the_fleet() -> None:
     assert (fleet.devices, fleet.groups[-1].name) == (16, "bought")
     assert boards_of(fleet)["orin-nano"] == pytest.approx(8, abs=1)
     assert fleet.groups[:-1] == lab.groups
+    city = bought(load_scenario("city"), {"zero2w": 60}, beside=True)
+    assert boards_of(city)["zero2w"] == pytest.approx(60, abs=3)
 
 
 def test_a_purchase_that_cannot_train_is_refused() -> None:
