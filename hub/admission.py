@@ -26,11 +26,10 @@ from hub import aggregation, effects, scheduler
 from hub.book import BlocState, CampaignState, Contact, RoundState
 from hub.effects import Effect, LedgerEntry, RoundRow, Save
 from hub.rounds import RoundKeeper
-from hub.scheduler import Work
+from hub.scheduler import STARVE_AFTER_SECONDS, Work
 
-REPEAT_SECONDS: Final = (
-    60.0  # an OPEN that a member has not answered is said again after 1, 3, 7, … times this
-)
+REPEAT_SECONDS: Final = 60.0  # an unanswered OPEN is said again after 1, 3, 7, … times this
+AWAY_SECONDS: Final = 300.0  # a member that is back by then never gave up its place: links flap
 _BLOCKED_SAVED_SECONDS: Final = 60.0  # a shorter wait for one member is written with its next round
 
 
@@ -53,13 +52,22 @@ class Admission(RoundKeeper):
         if contact.here != here:
             contact.here = here
             self.here += 1 if here else -1
-            for state in self._awaited_from(contact.device):
-                self._set_training(contact, state, training=here)
-                if not here:
-                    yield from self._room(now, state.bloc)
+            if here:
+                for state in self._awaited_from(contact.device):
+                    self._set_training(contact, state, training=True)
+            elif contact.training:
+                self._at(now + AWAY_SECONDS, self._left, contact)
         if here and contact.envelope:
             self._watch(contact)
         yield from self._recount(now, contact)
+
+    def _left(self, now: float, contact: Contact) -> Iterator[Effect]:
+        """A member of an open round stays away: its place is free."""
+        if contact.here:
+            return
+        for state in self._awaited_from(contact.device):
+            self._set_training(contact, state, training=False)
+            yield from self._room(now, state.bloc)
 
     def _awaited_from(self, device: str) -> Iterator[RoundState]:
         """The open rounds that wait for this device's report: one, unless it is in several campaigns."""
@@ -209,7 +217,7 @@ class Admission(RoundKeeper):
             steps=steps,
             roster=tuple(contact.envelope for contact in contacts),
             window_seconds=campaign.window_seconds,
-            depths=depths if any(depths) else (),
+            depths=tuple(depth or campaign.layers for depth in depths) if any(depths) else (),
         )
 
     def _work(self, campaign: CampaignState, ready: Ready) -> Work:
@@ -315,7 +323,10 @@ class Admission(RoundKeeper):
     def _watch_hunger(self, now: float, campaign: CampaignState) -> Iterator[Effect]:
         """Stops a campaign in which too few blocs are live, and lets it go on when there are enough."""
         row, unfinished = campaign.row, len(campaign.blocs) - campaign.done
-        if row.closed or not row.formed_at or now < row.formed_at + scheduler.STARVE_AFTER_SECONDS:
+        heard = (
+            self.started_at + scheduler.PRESENT_CHECKINS * row.checkin_seconds
+        )  # all had time to say READY
+        if row.closed or not row.formed_at or now < max(heard, row.formed_at + STARVE_AFTER_SECONDS):
             return
         starving = scheduler.is_starving(campaign.live, unfinished)
         if starving == row.starving:

@@ -215,7 +215,7 @@ class Book:
     ) -> None:
         self.name, self.signer, self.verifier = name, signer, verifier
         self.read_adapter, self.entropy = adapter, entropy
-        self.epoch, self.sequence = 0, 0
+        self.epoch, self.sequence, self.started_at = 0, 0, 0.0
         self.campaigns: dict[str, CampaignState] = {}
         self.rounds: dict[bytes, RoundState] = {}  # the newest of each bloc
         self.contacts: dict[str, Contact] = {}

@@ -119,7 +119,7 @@ class Hub(Former):
 
     # ------------------------------------------------------------ start, tick, presence
     def _started(self, now: float, event: effects.Started) -> Iterator[Effect]:
-        self.epoch = event.epoch
+        self.epoch, self.started_at = event.epoch, now
         state = HubState(hub=self.name, up=True, epoch=self.epoch)
         yield effects.Publish(topics.HUB_STATE, encode(state), retain=True)
         for campaign in self.campaigns.values():
@@ -170,9 +170,8 @@ class Hub(Former):
         """
         for state in self._awaited_from(contact.device):
             yield from self._say_open(state, only=contact.device)
-        for campaign in self.campaigns.values() if not contact.envelope else ():
-            bloc = contact.bloc_in(campaign)
-            if bloc is not None and bloc.current is not None and not bloc.current.open:
+        for bloc in contact.blocs if not contact.envelope else ():
+            if bloc.current is not None and not bloc.current.open:
                 yield effects.Publish(topics.commands(contact.device), bloc.current.row.result)
 
     # ------------------------------------------------------------ campaigns and their announcements

@@ -141,7 +141,7 @@ def _why(
 def _in_round(contact: Contact, bloc: BlocState) -> str:
     missing = bloc.current.missing if bloc.current is not None else ()
     if contact.device in missing:
-        return WORKING if contact.training else "absent"
+        return WORKING if contact.here else "absent"
     return _waiting_for(list(missing))
 
 

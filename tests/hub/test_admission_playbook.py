@@ -201,15 +201,25 @@ def test_ties_between_blocs_follow_from_the_beacon_alone() -> None:
     assert {tuple(turns(0, bytes([secret]) * 32)) for secret in range(1, 6)} != orders
 
 
-def test_a_member_that_goes_away_makes_room_for_another_bloc() -> None:
+def test_a_member_that_stays_away_makes_room_for_another_bloc() -> None:
     fleet = formed_and_held(10, training_devices_max=5)
-    assert [entry.kind for entry in fleet.ledger].count("open") == 1
+    fleet.filter = lambda to, topic, payload: [] if kind_of(payload) == "open" else [payload]
+    assert len(fleet.kinds("open")) == 1
     first = next(row for row in fleet.rows.values() if isinstance(row, RoundRow))
-    members = next(row for row in blocs(fleet) if row.id == first.bloc).members
-    fleet.presence(members[0], False)
+    member = next(row for row in blocs(fleet) if row.id == first.bloc).members[0]
+    fleet.presence(member, False)
+    fleet.wait(290)
+    fleet.presence(member, True)
+    fleet.wait(60)
+    assert len(fleet.kinds("open")) == 1, "a link that was down for five minutes changes nothing"
+    fleet.presence(member, False)
+    fleet.filter = lambda to, topic, payload: (
+        [] if kind_of(payload) == "open" or topics.device_of(topic) == member else [payload]
+    )
+    fleet.wait(330)
     assert len(fleet.kinds("open")) == 2
     assert fleet.hub.campaigns["c1"].training == 9
-    fleet.presence(members[0], True)
+    fleet.presence(member, True)
     assert fleet.hub.campaigns["c1"].training == 10
 
 
@@ -225,10 +235,10 @@ def test_plans_follow_pace_and_depth_and_idle_nobody() -> None:
     opening = decode(decode_envelope(row.envelope).body, Open)
     by_name = dict(zip(blocs(fleet)[0].members, zip(opening.steps, opening.depths, strict=True), strict=True))
     assert [Work(*by_name[name]) for name in fleet.devices] == [
-        Work(5),
-        Work(5),
-        Work(4),
-        Work(2),
+        Work(5, 24),
+        Work(5, 24),
+        Work(4, 24),
+        Work(2, 24),
         Work(1, 6),
     ]
     fleet.settle()
