@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_agent.bundle import open_bundle
 from edge_agent.dataset import Batch, Row, batches, load_dataset, load_encoder, make_batch
@@ -67,11 +66,9 @@ class RealTask:
             a_seed=self.training.a_seed,
             lr=self.rate,
             weight_decay=self.training.weight_decay,
+            depth=depth,
         )
-        delta = done.delta
-        if depth:
-            delta = delta * self._trained(depth)
-        return Learned(delta, done.loss_sum, done.labels)
+        return Learned(done.delta, done.loss_sum, done.labels)
 
     def evaluate(self, adapter: bytes) -> dict[str, float]:
         """Held-out loss in nats per token, over rows of everybody."""
@@ -103,12 +100,3 @@ class RealTask:
                 make_batch(rows[at : at + TEST_BATCH], pad) for at in range(0, len(rows), TEST_BATCH)
             ]
         return self._tests
-
-    def _trained(self, depth: int) -> NDArray[np.float32]:
-        """1 for the numbers of the upper `depth` layers, 0 below."""
-        lowest = self.layers - depth
-        parts = {
-            name: np.full(shape, float(int(name[1:].partition("/")[0]) >= lowest), np.float32)
-            for name, shape in self._trainer.layout.b_shapes.items()
-        }
-        return self._trainer.layout.join(parts)
