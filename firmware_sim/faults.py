@@ -94,7 +94,9 @@ class Faults:
         elif name == "bit-flip":
             self._at_blob[number] = draw
         else:
-            self._waiting.setdefault(number, []).append((name, draw))
+            waiting = self._waiting.setdefault(number, [])
+            if name not in [known for known, _ in waiting]:  # hours without a message do not pile losses up
+                waiting.append((name, draw))
         later = when + draw.exponential(DAY / self.rates[name])
         if later < self.ends:
             heapq.heappush(self._next[name], (later, number, draw))

@@ -21,6 +21,7 @@ from firmware_sim.report import part_of_page
 from firmware_sim.world.outcome import Point, WorldResult
 from firmware_sim.world_charts import Line
 from firmware_sim.world_words import (
+    celsius_text,
     count_text,
     course_of,
     energy_kj,
@@ -177,7 +178,7 @@ def _cards(result: WorldResult) -> str:
         ),
         (
             "Hottest board",
-            f"{hottest.hottest_celsius:.0f} °C" if hottest else "–",
+            celsius_text(hottest.hottest_celsius) if hottest else "–",
             f"{throttled:,.1f} device-hours throttled",
         ),
         _held_card(result),
@@ -305,7 +306,7 @@ def _class_table(result: WorldResult) -> Table:
             f"{found.rounds_mean:,.1f}",
             energy_text(found.energy_kj_mean),
             f"{found.upload_mb_mean:,.2f} MB",
-            f"{found.hottest_celsius:.0f} °C",
+            celsius_text(found.hottest_celsius),
             f"{found.throttled_hours:,.1f} h",
         )
     return table

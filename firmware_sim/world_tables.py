@@ -8,7 +8,7 @@ from html import escape
 from firmware_sim.charts import note
 from firmware_sim.tables import cell, table
 from firmware_sim.world.outcome import ClassFigures, WorldResult
-from firmware_sim.world_words import energy_text, number_text, percent_text, share_of
+from firmware_sim.world_words import celsius_text, energy_text, number_text, percent_text, share_of
 
 Runs = Mapping[str, WorldResult]
 Figure = Callable[[ClassFigures], float]
@@ -31,7 +31,7 @@ def classes(runs: Runs) -> str:
         ("sent each", lambda c: c.upload_mb_mean, lambda c: f"{c.upload_mb_mean:,.2f} MB"),
         ("received each", lambda c: c.download_mb_mean, lambda c: f"{c.download_mb_mean:,.0f} MB"),
         ("on", lambda c: c.on_hours_mean, lambda c: f"{c.on_hours_mean:,.1f} h"),
-        ("hottest", lambda c: c.hottest_celsius, lambda c: f"{c.hottest_celsius:.0f} °C"),
+        ("hottest", lambda c: c.hottest_celsius, lambda c: celsius_text(c.hottest_celsius)),
         ("throttled", lambda c: c.throttled_hours, lambda c: f"{c.throttled_hours:,.1f} h"),
     ]
     names = list(dict.fromkeys(name for run in runs.values() for name in run.classes))

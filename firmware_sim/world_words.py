@@ -69,6 +69,11 @@ def energy_text(kilojoules: float) -> str:
     return f"{watt_hours:,.0f} Wh" if watt_hours < 1_000 else f"{watt_hours / 1_000:,.1f} kWh"
 
 
+def celsius_text(celsius: float) -> str:
+    """A temperature while training; 0 where nothing trained."""
+    return f"{celsius:.0f} °C" if celsius else "–"
+
+
 def hours_text(hours: float) -> str:
     """In minutes, hours, or from three days on in days."""
     if hours < 1:

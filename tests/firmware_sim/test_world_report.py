@@ -26,7 +26,7 @@ from firmware_sim.world.outcome import (
 )
 from firmware_sim.world_charts import Line
 from firmware_sim.world_report import print_world, world_page, write_world_report
-from firmware_sim.world_words import energy_text, headline, hours_text, percent_text
+from firmware_sim.world_words import celsius_text, energy_text, headline, hours_text, percent_text
 
 LABELS = {"pi5": "Pi 5"}
 
@@ -223,7 +223,7 @@ def test_long_lines_are_thinned_and_keep_their_end() -> None:
     ("text", "told"),
     [
         (energy_text(0), "0.0 Wh"), (energy_text(0.18), "50 mWh"), (energy_text(7.2), "2.0 Wh"),
-        (energy_text(360), "100 Wh"), (energy_text(11_160), "3.1 kWh"),
+        (energy_text(360), "100 Wh"), (energy_text(11_160), "3.1 kWh"), (celsius_text(0.0), "–"), (celsius_text(81.5), "82 °C"),
         (hours_text(0.5), "30 min"), (hours_text(2.25), "2.2 h"), (hours_text(21), "21 h"),
         (hours_text(96), "4.0 days"),
         (percent_text(None), "–"), (percent_text(1.0), "100 %"), (percent_text(0.999), "99.9 %"),
