@@ -1,8 +1,8 @@
 """Virtual time: one heap of events, and a check-sum by which two runs are known to be the same.
 
 An event is (time, sequence, number, kind, argument, generation): the sequence number breaks ties, so the order is that
-of asking and of nothing else. Nothing is ever taken out of the heap; whoever asked for an event compares its
-generation when it comes, and lets it pass when that is over.
+of asking and of nothing else. Nobody searches the heap for what is no longer wanted; whoever asked for an event
+compares its generation when it comes, and lets it pass when that is over.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Any, Final
 
 START: Final = (
@@ -46,6 +46,11 @@ class Clock:
         if time <= self.end:
             heappush(self.entries, (time, sequence, number, kind, argument, generation))
         return sequence
+
+    def keep(self, wanted: Callable[[Entry], bool]) -> None:
+        """Forgets what is not wanted any more. The order of the rest is what it was."""
+        self.entries[:] = filter(wanted, self.entries)
+        heapify(self.entries)
 
     def advance(self, until: float, handlers: Sequence[Handler]) -> None:
         """Lets time pass. `handlers` by kind; events after `until` stay for the next call."""

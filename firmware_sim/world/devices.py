@@ -34,6 +34,7 @@ CONNECT_SECONDS: Final = (0.2, 3.0)
 RECOVER_SECONDS: Final = (5.0, 300.0)  # edge_agent.driver: between two tries of a disk that refuses
 CUT_SECONDS: Final = 60.0  # median of an outage that a fault at a Save begins
 _STARTED: Final = effects.Started()
+_STALE_MIN, _STALE_SHARE = 1_000, 0.25
 
 # ---- why a device is off
 SCHEDULE, EMPTY, FORCED, GONE = 1, 2, 4, 8
@@ -95,6 +96,7 @@ class Fleet:
         self.world = world
         self._timers: dict[str, array[int]] = defaultdict(lambda: array("q", bytes(8 * len(world.devices))))
         self._fired: dict[str, effects.TimerFired] = {}
+        self._stale = 0  # timers in the clock that are void
         self._conditions: dict[Conditions, Conditions] = {}
         self._offsets: dict[int, float] = {}  # of clocks that are wrong
         self._latest: dict[int, float] = {}  # the latest time told by such a clock: it never goes back
@@ -221,20 +223,36 @@ class Fleet:
         if timers[number] == sequence:
             timers[number] = 0
             self.handle(self.world.devices[number], self._fired[name])
+        else:
+            self._stale -= 1
 
     def _set_timer(self, device: Device, effect: effects.SetTimer) -> None:
         world, name, number = self.world, effect.name, device.number
         if name not in self._fired:
             self._fired[name] = effects.TimerFired(name)
-        self._timers[name][number] = world.ask(world.now + effect.seconds, number, TIMER, name, 0)
+        timers = self._timers[name]
+        if timers[number]:
+            self._outdated()
+        timers[number] = world.ask(world.now + effect.seconds, number, TIMER, name, 0)
 
     def _cancel_timer(self, device: Device, effect: effects.CancelTimer) -> None:
-        if effect.name in self._timers:
+        if effect.name in self._timers and self._timers[effect.name][device.number]:
             self._timers[effect.name][device.number] = 0
+            self._outdated()
 
     def _forget_timers(self, device: Device) -> None:
         for timers in self._timers.values():
-            timers[device.number] = 0
+            if timers[device.number]:
+                timers[device.number] = 0
+                self._outdated()
+
+    def _outdated(self) -> None:
+        """One more timer in the clock is void; when too many are, they go: some are hours ahead."""
+        self._stale += 1
+        if self._stale > _STALE_MIN and self._stale > _STALE_SHARE * len(self.world.entries):
+            timers = self._timers
+            self.world.keep(lambda entry: entry[3] != TIMER or timers[entry[4]][entry[2]] == entry[1])
+            self._stale = 0
 
     # ------------------------------------------------------------ effects
     def _save(self, device: Device, effect: effects.Save) -> None:

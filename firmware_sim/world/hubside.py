@@ -16,10 +16,11 @@ from fedge import topics
 from fedge.messages import HubState, encode
 from firmware_sim.world.clock import HUB_TIMER, HUB_UP, START
 from firmware_sim.world.devices import PowerFailed
+from firmware_sim.world.rows import SMALL_DEVICES_MAX, Store
 from firmware_sim.world.standins import HUB, name_of, serial_of
 from firmware_sim.world.streams import Stream
 from hub import effects, standing
-from hub.effects import BlocRow, CampaignRow, DeviceRow, Effect, Event, LedgerEntry, RoundRow, Row
+from hub.effects import CampaignRow, Effect, Event
 from hub.hub import Hub
 
 if TYPE_CHECKING:
@@ -28,42 +29,6 @@ if TYPE_CHECKING:
 
 CRASH_SECONDS: Final = 20.0  # median, of a crash that a fault at a transaction begins
 WAITING_MAX: Final = 20_000  # hub.driver: messages kept for a broker that is away
-LEDGER_DEVICES_MAX: Final = 2_000  # larger fleets keep no ledger: it would be most of the memory
-_NEWCOMER: Final = "ready"
-
-
-class Store:
-    """The rows of the hub's database, as they are after the last transaction."""
-
-    def __init__(self, devices: int, keep_ledger: bool) -> None:
-        self.campaigns: dict[str, CampaignRow] = {}
-        self.blocs: dict[tuple[str, str], BlocRow] = {}
-        self.rounds: dict[
-            tuple[str, str], RoundRow
-        ] = {}  # of each bloc the newest, which is all that a hub reads
-        self.devices: dict[str, DeviceRow] = {}
-        self.ledger: list[LedgerEntry] | None = [] if keep_ledger else None
-        self._keep: dict[type, Callable[[Any], None]] = {
-            CampaignRow: lambda row: self.campaigns.__setitem__(row.id, row),
-            BlocRow: lambda row: self.blocs.__setitem__((row.campaign, row.id), row),
-            RoundRow: lambda row: self.rounds.__setitem__((row.campaign, row.bloc), row),
-            DeviceRow: lambda row: self.devices.__setitem__(row.id, row),
-            LedgerEntry: lambda row: None if self.ledger is None else self.ledger.append(row),
-        }
-
-    def commit(self, saves: list[effects.Save]) -> None:
-        """One transaction."""
-        for save in saves:
-            self._keep[type(save.row)](save.row)
-
-    def rows(self) -> list[Row]:
-        """What a hub that starts reads."""
-        return [
-            *self.campaigns.values(),
-            *self.blocs.values(),
-            *self.rounds.values(),
-            *self.devices.values(),
-        ]
 
 
 class HubSide:
@@ -71,7 +36,7 @@ class HubSide:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.store = Store(len(world.devices), len(world.devices) <= LEDGER_DEVICES_MAX)
+        self.store = Store(small=len(world.devices) <= SMALL_DEVICES_MAX)
         self.blobs: dict[bytes, bytes] = {}
         self.machine: Hub | None = None
         self.linked = False
