@@ -223,7 +223,8 @@ def test_long_lines_are_thinned_and_keep_their_end() -> None:
     ("text", "told"),
     [
         (energy_text(0), "0.0 Wh"), (energy_text(0.18), "50 mWh"), (energy_text(7.2), "2.0 Wh"),
-        (energy_text(360), "100 Wh"), (energy_text(11_160), "3.1 kWh"), (celsius_text(0.0), "–"), (celsius_text(81.5), "82 °C"),
+        (energy_text(360), "100 Wh"), (energy_text(11_160), "3.1 kWh"), (celsius_text(0.0), "–"),
+        (celsius_text(81.5), "82 °C"),
         (hours_text(0.5), "30 min"), (hours_text(2.25), "2.2 h"), (hours_text(21), "21 h"),
         (hours_text(96), "4.0 days"),
         (percent_text(None), "–"), (percent_text(1.0), "100 %"), (percent_text(0.999), "99.9 %"),
