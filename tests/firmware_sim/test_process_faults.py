@@ -116,8 +116,10 @@ def test_what_is_not_there_is_struck_later(fleet: LocalFleet) -> None:
 
 
 # ---------------------------------------------------------------- what
-def test_a_frozen_device_stands_still_with_its_worker_until_it_is_over(fleet: LocalFleet) -> None:
-    eventually(lambda: len(fleet.supervisor.children["d0"].family()) == 2)
+def test_a_frozen_device_stands_still_with_its_worker_until_it_is_over(
+    fleet: LocalFleet, tmp_path: Path
+) -> None:
+    eventually(lambda: (tmp_path / "wrote").exists())
     faults = ProcessFaults(fleet, [])
     assert faults.strike(Strike(after=0, delay=0.0, fault="freeze-agent", device="d0", seconds=3_600.0))
     eventually(lambda: states(fleet) == {psutil.STATUS_STOPPED})
@@ -150,7 +152,8 @@ def test_a_worker_is_killed_alone(fleet: LocalFleet) -> None:
     assert fleet.supervisor.children["d0"].kills == 0
 
 
-def test_a_frozen_process_can_be_stopped(fleet: LocalFleet) -> None:
+def test_a_frozen_process_can_be_stopped(fleet: LocalFleet, tmp_path: Path) -> None:
+    eventually(lambda: (tmp_path / "wrote").exists())
     fleet.supervisor.freeze("d0")
     eventually(lambda: states(fleet) == {psutil.STATUS_STOPPED})
     fleet.supervisor.stop()
