@@ -9,6 +9,7 @@ from world_scenes import Books, adapter_of, mean_share, plain, small
 
 from edge_agent.round import Phase
 from fedge.errors import StorageError
+from firmware_sim.world import devices, hubside
 from firmware_sim.world.disk import Disk
 from firmware_sim.world.standins import HUB
 from firmware_sim.world.world import World
@@ -217,3 +218,31 @@ def test_device_that_leaves_is_gone_for_good() -> None:
     world.until(7_000.0)
     assert world.devices[7].agent is None
     assert not world.devices[7].on
+
+
+def test_large_world_keeps_old_rounds_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a hub that starts again reads them there."""
+    results = []
+    for small_devices in (2_000, 4):
+        monkeypatch.setattr(hubside, "SMALL_DEVICES_MAX", small_devices)
+        world = small(devices=16, hours=2.0, crypto="hashed")
+        for at in range(1_500, 6_000, 700):
+            world.at(float(at), lambda world: world.crash_hub(20.0))
+        results.append((world.run().crc, adapter_of(world).tobytes(), world.hub.store.ledger is None))
+    (crc, adapter, without), (other_crc, other_adapter, other_without) = results
+    assert (crc, adapter) == (other_crc, other_adapter)
+    assert not without
+    assert other_without
+
+
+def test_void_timers_leave_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which changes nothing but how much waits."""
+    adapters, waiting = [], []
+    for most in (1_000, 5):
+        monkeypatch.setattr(devices, "_STALE_MIN", most)
+        world = small(devices=16, hours=2.0, crypto="hashed")
+        world.until(5_400.0)
+        adapters.append(adapter_of(world).tobytes())
+        waiting.append(len(world.entries))
+    assert adapters[0] == adapters[1]
+    assert waiting[1] < waiting[0]
