@@ -36,8 +36,10 @@ QUOTA_SLACK: Final = 2  # rounds above quota x mean, so that a young campaign ca
 LIVE_SECONDS: Final = 2 * 3_600.0  # a bloc that was opened within these is live
 LIVE_SHARE_MIN: Final = 0.25  # with fewer live blocs nothing is opened: the few would become the model
 STARVE_AFTER_SECONDS: Final = 2 * 3_600.0  # from the first formation; before, nobody had a turn yet
-CHECKIN_SECONDS: Final = 60
-CHECKINS_PER_SECOND_MAX: Final = 200
+CHECKIN_SECONDS: Final = 60  # of a waiting device in a small fleet
+CHECKIN_SECONDS_CALM: Final = 960  # four READYs an hour are 2 KB: nothing on a metered link
+CHECKINS_PER_SECOND: Final = 4  # from all devices, while they are asked more often than that
+CHECKINS_PER_SECOND_MAX: Final = 200  # from all devices, however many
 PRESENT_CHECKINS: Final = 3  # a waiting device is here while it was heard within so many check-ins
 
 
@@ -161,12 +163,17 @@ def is_starving(live: int, unfinished: int) -> bool:
 
 
 def checkin_seconds(devices: int, now: int) -> int:
-    """How often a waiting device should say READY: 60 x a power of two, at most ~200 a second from all of them.
+    """How often a waiting device should say READY: 60 x a power of two, so that the fleet says a few a second.
 
-    `now` is today's figure, kept while halving it would come close to the bound again.
+    A lost device shows by its last will within seconds; check-ins only find what hangs. `now` is the figure in force,
+    kept while halving it would come close to the bound again.
     """
     wanted = CHECKIN_SECONDS
-    while devices > CHECKINS_PER_SECOND_MAX * wanted:
+    while devices > _checkins_per_second(wanted) * wanted:
         wanted *= 2
-    nearly = devices > 0.75 * CHECKINS_PER_SECOND_MAX * wanted
+    nearly = devices > 0.75 * _checkins_per_second(wanted) * wanted
     return now if nearly and now == 2 * wanted else wanted
+
+
+def _checkins_per_second(every: int) -> int:
+    return CHECKINS_PER_SECOND if every < CHECKIN_SECONDS_CALM else CHECKINS_PER_SECOND_MAX
