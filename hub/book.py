@@ -24,6 +24,7 @@ from hub import effects, scheduler
 from hub.effects import BlocRow, CampaignRow, DeviceRow, Effect, LedgerEntry, RoundRow, Save
 
 REFUSED_SECONDS: Final = 60.0
+_BOARDS_MAX: Final = 1_000
 _SLOT_SECONDS: Final = 60.0  # how finely silence is noticed
 T = TypeVar("T")
 
@@ -224,6 +225,7 @@ class Book:
         self.here = 0  # devices that are here
         self._agenda: list[tuple[float, int, Callable[[float, Any], Iterator[Effect]], Any]] = []
         self._serial = count()
+        self._boards: dict[str, str] = {}
         self._slots: dict[int, list[Contact]] = {}  # whose silence is looked at when
         self._load(list(rows))
 
@@ -315,6 +317,10 @@ class Book:
 
     def _next_sequence(self) -> int:
         return self.sequence + 1
+
+    def board(self, name: str) -> str:
+        """One string for all boards of a name; not of more names than there are boards."""
+        return self._boards.setdefault(name, name) if len(self._boards) < _BOARDS_MAX else name
 
     # ------------------------------------------------------------ time
     def _at(self, when: float, act: Callable[[float, T], Iterator[Effect]], what: T) -> None:

@@ -15,7 +15,6 @@ published. A READY that is said again costs a comparison: 100,000 waiting device
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Final
 
@@ -284,7 +283,7 @@ class Hub(Former):
     def _take(self, now: float, contact: Contact, ready: Ready, envelope: bytes) -> Iterator[Effect]:
         assert contact.campaign is not None, "it was made to follow one"
         row = contact.campaign.row
-        contact.board, contact.counter = sys.intern(ready.facts.board), ready.counter
+        contact.board, contact.counter = self.board(ready.facts.board), ready.counter
         work = self._work(contact.campaign, ready)
         seconds = scheduler.planned_seconds(ready, work, layers=row.layers, adapter_bytes=row.adapter.size)
         contact.why, contact.envelope = scheduler.why_not(ready, seconds), envelope
