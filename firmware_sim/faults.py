@@ -26,8 +26,8 @@ QUIET_SHARE, QUIET_SECONDS_MAX = 0.4, 3 * 3_600.0  # of the run's end, in which 
 _REMEMBERED: Final = 8  # old announcements that may be replayed
 _AT_SAVE: Final = {"power-cut-at-save", "hub-crash-at-save"}
 _FORGEABLE: Final = {"open", "result", "announcement"}
-_COMMANDS: Final = topics.commands("x").removeprefix(f"{topics.ROOT}/d/x")  # ends of topics
-_RECEIPTS: Final = topics.receipts("x").removeprefix(f"{topics.ROOT}/d/x")
+_COMMANDS: Final = topics.commands("x").removeprefix(f"{topics.ROOT}/d/x")
+_ANNOUNCEMENTS: Final = topics.announcement("")
 _NONE: Final = (b"", b"")
 _Copies = list[tuple[float, bytes]]
 
@@ -174,9 +174,8 @@ class Faults:
         elif topic.endswith(_COMMANDS):
             if tampering.tag(payload) == "open" and payload != (newest := self._opens.get(to, _NONE)[1]):
                 self._opens[to] = newest, payload
-        elif not topic.endswith(_RECEIPTS) and payload not in self._old:
-            if tampering.tag(payload) == "announcement":
-                self._old.append(payload)
+        elif topic.startswith(_ANNOUNCEMENTS) and payload not in self._old:
+            self._old.append(payload)
 
     def _older(self, number: int, kind: str, payload: bytes, draw: Stream) -> bytes:
         """What can be replayed behind a message: an older announcement, this device's OPEN before; empty for none."""
