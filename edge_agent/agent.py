@@ -144,11 +144,6 @@ class Agent(RoundWorker):
         elif self.phase in (Phase.SENDING, Phase.AWAITING):
             yield from self._offer_report()
 
-    def _disconnected(self, now: float, event: effects.Disconnected) -> Iterator[Effect]:
-        if self.outgoing is not None:
-            self.outgoing.time_out()
-        yield from ()
-
     def _hub_state(self, now: float, message: HubState) -> Iterator[Effect]:
         new, self.epoch = message.up and message.epoch != self.epoch, message.epoch
         if not new:
@@ -317,7 +312,6 @@ ALWAYS: Final[dict[type, Handler]] = {
     effects.Started: Agent._started,
     effects.Conditions: Agent._note,
     effects.Connected: Agent._connected,
-    effects.Disconnected: Agent._disconnected,
     HubState: Agent._hub_state,
     Announcement: Agent._announced,
 }

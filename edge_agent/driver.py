@@ -200,7 +200,6 @@ class Driver:
             self._link_problem = item.reason
             self._surroundings.uplink.cut()
             self._tell(item.reason)
-            self._handle(effects.Disconnected())
         elif isinstance(item, _WorkerSaid):
             event = self._work.said(item.number, item.reply)
             if event is not None:

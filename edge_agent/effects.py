@@ -50,10 +50,6 @@ class Connected(_Value, frozen=True):
     """The link to the broker is up and subscribed."""
 
 
-class Disconnected(_Value, frozen=True):
-    """The link is down; the driver keeps trying."""
-
-
 class Received(_Value, frozen=True):
     """A message arrived on `topic`."""
 
@@ -127,7 +123,6 @@ Event = (
     Started
     | Conditions
     | Connected
-    | Disconnected
     | Received
     | Fetched
     | FetchFailed

@@ -35,8 +35,12 @@ from fedge.messages import (
 )
 from fedge.secagg.agreement import AGREEMENT, Agreement
 
-RECEIPT_SECONDS: Final = 6.0  # about three round trips of a poor link; then what is missing goes again
-RESULT_SECONDS: Final = 30.0  # asks again for the outcome of an accepted report
+RECEIPT_SECONDS: Final = 6.0  # about three round trips of a poor link; then the report is offered again,
+RECEIPT_DOUBLINGS: Final = 4  # each time after twice as long: a slow line is still sending
+RESULT_SECONDS: Final = (
+    30.0  # asks again for the outcome of an accepted report; each time after twice as long,
+)
+RESULT_DOUBLINGS: Final = 4  # so often: the RESULT is pushed, and a slow member may take the whole window
 FETCH_SECONDS: Final = 30.0
 SILENCES_TOLD: Final = 5  # after so many unanswered offers the owner hears what is probably wrong
 
@@ -255,7 +259,7 @@ class RoundWorker(ABC):
             reason=reason,
         )
         yield self._save(consumed=self.transcript, prekey=b"")
-        self.phase = Phase.AWAITING
+        self.phase, self.silences = Phase.AWAITING, 0
         yield effects.Publish(topics.control(self.device), self.signer.seal(decline))
         yield effects.SetTimer("result", RESULT_SECONDS)
 
@@ -276,12 +280,13 @@ class RoundWorker(ABC):
             transcript=self.transcript,
             digest=self.state.report,
             size=self.state.report_size,
+            offer=self.outgoing.offer() if self.outgoing is not None else 0,
         )
         yield effects.Publish(topics.control(self.device), self.signer.seal(report))
-        waiting = self.phase is Phase.AWAITING
-        yield effects.SetTimer(
-            "result" if waiting else "receipt", RESULT_SECONDS if waiting else RECEIPT_SECONDS
-        )
+        if self.phase is Phase.AWAITING:
+            yield effects.SetTimer("result", RESULT_SECONDS * 2**self.silences)
+        else:
+            yield effects.SetTimer("receipt", RECEIPT_SECONDS * 2 ** min(self.silences, RECEIPT_DOUBLINGS))
 
     def _receipt(self, now: float, message: Receipt) -> Iterator[Effect]:
         if (
@@ -299,7 +304,7 @@ class RoundWorker(ABC):
             yield effects.CancelTimer("receipt")
             yield effects.SetTimer("result", RESULT_SECONDS)
             return
-        self.outgoing.acknowledge(message.have)
+        self.outgoing.acknowledge(message.have, message.offer)
         yield from self._send_chunks()
 
     def _send_chunks(self) -> Iterator[Effect]:
@@ -312,7 +317,6 @@ class RoundWorker(ABC):
         if event.name != "receipt" or self.outgoing is None:
             return
         self.silences += 1
-        self.outgoing.time_out()
         if self.silences == SILENCES_TOLD:
             yield effects.Tell(
                 f"the hub never answers what this device publishes on {topics.control(self.device)}: "
@@ -323,6 +327,7 @@ class RoundWorker(ABC):
 
     def _result_late(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
         if event.name == "result":
+            self.silences = min(self.silences + 1, RESULT_DOUBLINGS)
             yield from self._offer_report()
 
     # ------------------------------------------------------------ the end of a round

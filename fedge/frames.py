@@ -81,30 +81,41 @@ def unpack_bitmap(bitmap: bytes, count: int) -> set[int]:
 
 
 class Outgoing:
-    """The sending end of one body: which chunk goes next."""
+    """The sending end of one body: which chunk goes next.
+
+    A chunk in flight is lost only when the answer to a *later* offer lacks it: everything travels in order, so what is
+    still queued on a slow line is behind no answer. To send on silence would send it twice.
+    """
 
     def __init__(self, size: int, window: int = limits.CHUNK_WINDOW) -> None:
         self.size, self.window = size, window
         self.missing = set(range(chunk_count(size)))
-        self.flying: set[int] = set()
+        self.flying: dict[int, int] = {}  # chunk -> how many offers had been made when it was sent
+        self.offers = 0
+
+    def offer(self) -> int:
+        """The number of the offer that is made now; its answer names it."""
+        self.offers += 1
+        return self.offers
 
     def take(self) -> list[int]:
         """The chunks to send now, in order; they count as in flight."""
         free = self.window - len(self.flying)
-        chosen = sorted(self.missing - self.flying)[: max(free, 0)]
-        self.flying.update(chosen)
+        chosen = sorted(self.missing - self.flying.keys())[: max(free, 0)]
+        self.flying.update(dict.fromkeys(chosen, self.offers))
         return chosen
 
-    def acknowledge(self, bitmap: bytes) -> None:
-        """The receiver's bitmap: what it has is neither missing nor in flight. It may have lost some, too."""
+    def acknowledge(self, bitmap: bytes, offer: int = 0) -> None:
+        """The receiver's bitmap, in answer to `offer` (0: unasked). What it has is neither missing nor in flight.
+
+        It may have lost some since: whatever was sent before that offer and is not here is to be sent again.
+        """
         count = chunk_count(self.size)
         have = unpack_bitmap(bitmap, count)
         self.missing = set(range(count)) - have
-        self.flying -= have
-
-    def time_out(self) -> None:
-        """No answer in time: whatever was in flight is sent again."""
-        self.flying.clear()
+        self.flying = {
+            index: sent for index, sent in self.flying.items() if index not in have and sent >= offer
+        }
 
 
 class Incoming:

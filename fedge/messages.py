@@ -179,6 +179,7 @@ class Report(Message, frozen=True):
     transcript: Hash
     digest: Hash  # SHA-256 of the masked bytes
     size: Annotated[int, Meta(ge=1, le=limits.TRANSFER_BYTES_MAX)]
+    offer: Count = 0  # number of this offer; the receipt that answers it says so
 
 
 class Decline(Message, frozen=True):
@@ -199,6 +200,7 @@ class Receipt(Message, frozen=True):
     have: Annotated[bytes, Meta(max_length=limits.TRANSFER_CHUNKS_MAX // 8)]
     accepted: bool = False
     refused: Name = ""
+    offer: Count = 0  # the offer that this answers; 0 = none
 
 
 UNKNOWN_ROUND: Final = "unknown-round"  # reason of a RESULT for a round that the hub has forgotten

@@ -91,8 +91,9 @@ class RoundKeeper(Book, ABC):
                 raise ProtocolError("oversize", "report has the wrong size", field="size", value=report.size)
             started = state.incoming[report.device] = Incoming(report.size, report.digest)
         bitmap = started.bitmap if started is not None else b""
+        accepted = known is not None
         yield self._receipt(
-            report.device, report.transcript, report.digest, bitmap, accepted=known is not None
+            report.device, report.transcript, report.digest, bitmap, accepted=accepted, offer=report.offer
         )
 
     def _quarantine(self, now: float, report: Report) -> Iterator[Effect]:
@@ -159,8 +160,16 @@ class RoundKeeper(Book, ABC):
         *,
         accepted: bool = False,
         refused: str = "",
+        offer: int = 0,
     ) -> effects.Publish:
-        receipt = Receipt(transcript=transcript, digest=digest, have=have, accepted=accepted, refused=refused)
+        receipt = Receipt(
+            transcript=transcript,
+            digest=digest,
+            have=have,
+            accepted=accepted,
+            refused=refused,
+            offer=offer,
+        )
         return effects.Publish(topics.receipts(device), self.signer.seal(receipt))
 
     # ------------------------------------------------------------ the end of a round

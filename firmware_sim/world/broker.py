@@ -14,7 +14,7 @@ from functools import lru_cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Final
 
-from edge_agent.effects import Connected, Disconnected, Received
+from edge_agent.effects import Connected, Received
 from fedge import topics
 from fedge.io.link import KEEPALIVE_SECONDS
 from fedge.messages import Presence, encode
@@ -226,8 +226,8 @@ class Broker:
         self._says_state(device, up=True)
         self.world.fleet.handle(device, CONNECTED)
 
-    def disconnect(self, device: Device, *, told: bool, will: bool = True) -> None:
-        """The connection breaks. `told`: the device's machine lives and hears of it. A broker's restart ends wills."""
+    def disconnect(self, device: Device, *, will: bool = True) -> None:
+        """The connection breaks. A broker's restart ends wills."""
         if not device.connected:
             return
         device.connected = False
@@ -236,8 +236,6 @@ class Broker:
         self.world.work.pause(device)
         if will:
             self.world.ask(self.world.now + WILL_SECONDS, device.number, WILL, None, device.link)
-        if told:
-            self.world.fleet.handle(device, DISCONNECTED)
 
     def will(self, number: int, _argument: object, generation: int, _sequence: int) -> None:
         """A client has been silent for too long."""
@@ -283,7 +281,7 @@ class Broker:
             if not with_memory:
                 device.session, device.present = None, None
             if device.connected:
-                self.disconnect(device, told=True, will=False)
+                self.disconnect(device, will=False)
                 self.try_connect(device, device.draws.uniform(0.0, _BACK_OFF_SECONDS))
         self.world.ask(self.world.now + seconds, HUB, BROKER_UP, None, self._generation)
 
@@ -297,7 +295,6 @@ class Broker:
 _DEVICE_TOPICS: Final = f"{topics.ROOT}/d/d"
 _DIGITS: Final = len(_DEVICE_TOPICS)
 CONNECTED: Final = Connected()
-DISCONNECTED: Final = Disconnected()
 
 
 def number_of(topic: str) -> int:

@@ -130,7 +130,7 @@ class Fleet:
         self._forget_timers(device)
         self._latest.pop(device.number, None)
         self.world.work.abandon(device, powered=False)
-        self.world.broker.disconnect(device, told=False)
+        self.world.broker.disconnect(device)
 
     def boots(self, number: int, _argument: object, generation: int, _sequence: int) -> None:
         """The system is up: the agent starts, unless the clock is known to be wrong."""

@@ -277,7 +277,7 @@ class World(Clock):
         device = self.devices[number]
         device.cut_until = max(device.cut_until, self.now + seconds)
         if device.connected:
-            self.broker.disconnect(device, told=True)
+            self.broker.disconnect(device)
             self.broker.try_connect(device, seconds)
 
     def partition(self, numbers: Sequence[int], seconds: float) -> None:

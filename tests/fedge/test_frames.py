@@ -146,8 +146,7 @@ def test_any_order_duplicates_loss_and_restarts_end_with_the_right_body(
             sender, known = Outgoing(size, window=3), set()  # so did the device
         if chance.random() >= loss:
             known = set(receiver.have)
-            sender.acknowledge(receiver.bitmap)
-        sender.time_out()
+            sender.acknowledge(receiver.bitmap, sender.offer())
     assert receiver.whole
     assert receiver.body() == body
 
@@ -157,8 +156,7 @@ def test_after_a_cut_only_what_is_missing_is_sent() -> None:
     sender = Outgoing(size)
     assert sender.take() == [0, 1, 2, 3, 4, 5]
     assert sender.take() == [], "in flight"
-    sender.time_out()
-    sender.acknowledge(pack_bitmap({0, 3, 5}, 6))
+    sender.acknowledge(pack_bitmap({0, 3, 5}, 6), sender.offer())
     assert sender.take() == [1, 2, 4]
     sender.acknowledge(pack_bitmap(set(range(6)), 6))
     assert sender.take() == []
@@ -171,6 +169,19 @@ def test_a_receiver_that_lost_its_memory_is_sent_everything() -> None:
     sender.acknowledge(b"\x03")
     sender.acknowledge(b"\x00")
     assert sender.take() == [0, 1]
+
+
+def test_a_chunk_that_may_still_be_on_its_way_is_not_sent_twice() -> None:
+    sender = Outgoing(4 * limits.CHUNK_BODY_BYTES)
+    first = sender.offer()
+    assert sender.take() == [0, 1, 2, 3]
+    second = sender.offer()  # the line is slow: no answer yet
+    sender.acknowledge(pack_bitmap({0}, 4), first)
+    assert sender.take() == [], "the first offer's answer was given before the chunks came"
+    sender.acknowledge(pack_bitmap({0, 1}, 4))
+    assert sender.take() == [], "nor does an unasked receipt say what is lost"
+    sender.acknowledge(pack_bitmap({0, 1, 3}, 4), second)
+    assert sender.take() == [2]
 
 
 def test_the_window_bounds_what_is_in_flight() -> None:
