@@ -27,6 +27,7 @@ _LITTLE: Final = np.dtype("<f4")
 # Blocs differ: the codec has room for the largest sum of late, which fades by this with every sum. Tuned to the last
 # one alone, 6 % of the sums of a fleet of unlike boards wrapped.
 FADE: Final = 0.98
+GROWTH: Final = 1.5  # of that room when a sum has wrapped: the same bloc comes again, and with its carry
 _STEPS_MEMORY: Final = 32  # sums that the running mean of steps looks back on, about
 
 
@@ -62,11 +63,26 @@ class OpenedSum:
 
 
 def next_codec(campaign: CampaignRow, steps: int, seed: bytes) -> UpdateCodec:
-    """The codec of the next OPEN: from the opened sums, or from public bounds (16 bits) while there are none."""
+    """The codec of the next OPEN: from the sums opened of late, or from public bounds (16 bits) while there is none.
+
+    Also after a sum that wrapped, which a `spread` below 0 says. No room is made beyond what all devices at the clip
+    bound could fill, however many sums have wrapped.
+    """
+    devices, numbers = campaign.bloc_devices, campaign.numbers
     if campaign.spread <= 0 or campaign.mean_norm <= 0:
-        rate = campaign.training.rate
-        return coding.first_codec(steps, rate, campaign.numbers, campaign.bloc_devices, seed)
-    return coding.next_codec(campaign.spread, campaign.mean_norm, campaign.bloc_devices, seed)
+        return coding.first_codec(steps, campaign.training.rate, numbers, devices, seed)
+    most = coding.aligned_spread(coding.CLIP_SLACK * campaign.mean_norm, numbers, devices)
+    return coding.next_codec(min(campaign.spread, most), campaign.mean_norm, devices, seed)
+
+
+def roomy(known: float, seen: float) -> float:
+    """The spread, or the mean norm, that the next codec has room for, after a sum of which it was `seen`."""
+    return max(seen, FADE * abs(known))
+
+
+def doubted(spread: float) -> float:
+    """The spread after a sum that wrapped: below 0, because the next OPEN starts from public bounds."""
+    return -GROWTH * abs(spread)
 
 
 def empty_sum(transcript: bytes, members: tuple[str, ...], numbers: int, codec: UpdateCodec) -> BlocSum:

@@ -36,7 +36,9 @@ class CampaignRow(msgspec.Struct, frozen=True, kw_only=True):
     adapter: BlobRef
     adapter_version: int = 0
     sequence: int = 0
-    spread: float = 0.0  # the largest of late of an opened sum, per number: tunes the next step
+    spread: float = (
+        0.0  # largest of late of an opened sum, per number: tunes the next step; below 0: one has wrapped
+    )
     mean_norm: float = 0.0  # the largest of late of an opened sum's members: tunes the next clip
     closed: bool = False
     layers: int = 0  # of the model; 0 = not known, then every member adapts all of them

@@ -181,7 +181,7 @@ class RoundKeeper(Book, ABC):
             opened = aggregation.open_sum(state.total, codec, campaign.numbers)
         except ProtocolError as error:
             # The same step would wrap again: the next OPEN starts from public bounds, at 16 bits.
-            yield self._save(msgspec.structs.replace(campaign, spread=0.0))
+            yield self._save(msgspec.structs.replace(campaign, spread=aggregation.doubted(campaign.spread)))
             yield from self._sit_out(now, state, error.name)
             return
         beside = self._beside(bloc)
@@ -270,8 +270,8 @@ def _moved_on(row: CampaignRow, adapter: BlobRef, opened: OpenedSum, late: int) 
         row,
         adapter=adapter,
         adapter_version=row.adapter_version + 1,
-        spread=max(opened.spread, aggregation.FADE * row.spread),
-        mean_norm=max(opened.mean_norm, aggregation.FADE * row.mean_norm),
+        spread=aggregation.roomy(row.spread, opened.spread),
+        mean_norm=aggregation.roomy(row.mean_norm, opened.mean_norm),
         mean_steps=aggregation.mean_steps(row.mean_steps, opened),
         reports_opened=row.reports_opened + opened.devices,
         staleness=row.staleness + (late - row.staleness) / min(row.adapter_version + 1, _STALENESS_MEMORY),

@@ -191,3 +191,27 @@ def test_the_first_codec_fits_everything_and_the_next_follows_the_last_sum() -> 
     assert following.bits == 8
     assert following.clip == pytest.approx(1.25 * 0.5)
     assert following.step == pytest.approx(5.0 * 1.15 * 0.02 / 128)
+
+
+def test_a_codec_has_room_for_the_largest_sum_of_late() -> None:
+    room = aggregation.roomy(1.0, 0.2)
+    assert room == 0.98
+    assert aggregation.roomy(room, 3.0) == 3.0
+    for _ in range(400):
+        room = aggregation.roomy(room, 0.2)
+    assert room == 0.2
+
+
+def test_after_a_wrapped_sum_the_next_codec_is_the_first_and_those_after_it_have_more_room() -> None:
+    row = msgspec.structs.replace(campaign(5, bloc=5), spread=0.02, mean_norm=0.5)
+    wrapped = msgspec.structs.replace(row, spread=aggregation.doubted(row.spread))
+    assert aggregation.next_codec(wrapped, 5, bytes(16)).bits == 16
+    later = msgspec.structs.replace(wrapped, spread=aggregation.roomy(wrapped.spread, 0.01))
+    assert later.spread == pytest.approx(0.98 * 1.5 * 0.02)
+
+
+def test_however_many_sums_wrap_no_room_is_made_beyond_what_the_clip_lets_in() -> None:
+    row = msgspec.structs.replace(campaign(5, bloc=5), spread=1e9, mean_norm=0.5)
+    bounded = aggregation.next_codec(row, 5, bytes(16))
+    most = coding.aligned_spread(1.25 * 0.5, row.numbers, 5)
+    assert bounded.step == pytest.approx(5.0 * 1.15 * most / 128)
