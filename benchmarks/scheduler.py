@@ -100,6 +100,7 @@ class Lab:
             case = f"{condition}, {self.source}"
             yield from speeds(case, GOALS[condition], ours, lawless, self.hours)
             yield from shares(case, GOALS[condition], ours, lawless["random"])
+            yield Row.of("starving_hours", case, [run.starving for run in ours], "h")
             yield Row.of("sums_of_no_whole_bloc_count", case, torn, "sums", goal="== 0")
 
     def reach_rows(self) -> Iterator[Row]:

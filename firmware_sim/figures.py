@@ -34,6 +34,7 @@ class Figures:
     rounds: Rounds
     slowest: float  # opened rounds of a Zero 2 W over the mean of all devices
     rare: float  # accuracy on the classes that live on slow boards
+    starving: float = 0.0  # hours in which the campaign was stopped because too few blocs were live
 
 
 def of_world(result: WorldResult, starts: float = 0.0) -> Figures:
@@ -44,7 +45,8 @@ def of_world(result: WorldResult, starts: float = 0.0) -> Figures:
     slowest = classes[SLOWEST].rounds_mean / mean if mean and SLOWEST in classes else 0.0
     loss = [msgspec.structs.replace(point, hour=point.hour - starts) for point in result.loss]
     rare = at_the_end(loss, "rare_accuracy")
-    return Figures(settled_below(loss, TARGET), settled_below(loss, DEEP), result.rounds, slowest, rare)
+    target, deep = settled_below(loss, TARGET), settled_below(loss, DEEP)
+    return Figures(target, deep, result.rounds, slowest, rare, result.starving_hours)
 
 
 def of_lawless(run: LawlessRun) -> Figures:
