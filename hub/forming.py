@@ -13,7 +13,7 @@ import msgspec
 
 from fedge import formation, limits
 from fedge.formation import Candidate
-from fedge.messages import BlocCard, Ready, decode, decode_envelope
+from fedge.messages import BlocCard, Facts, Ready, decode, decode_envelope
 from hub.admission import Admission
 from hub.book import CampaignState, Contact
 from hub.effects import BlocRow, Effect, LedgerEntry, Save
@@ -38,7 +38,8 @@ class Former(Admission):
         fills_none = len(campaign.newcomers) < row.bloc_devices
         if fills_none or row.closed or campaign.over(now) or number > limits.FORMATIONS_MAX:
             return
-        candidates = [_candidate(contact) for contact in campaign.newcomers.values()]
+        said: dict[Facts, Facts] = {}
+        candidates = [_candidate(contact, said) for contact in campaign.newcomers.values()]
         beacon = campaign.beacon(number)
         blocs = formation.cut(candidates, row.bloc_devices, beacon, row.adapter.size)
         names = [f"bloc-{len(campaign.blocs) + index}" for index in range(len(blocs))]
@@ -80,6 +81,10 @@ class Former(Admission):
         campaign.blocs[card.bloc].ready = len(contacts)
 
 
-def _candidate(contact: Contact) -> Candidate:
+def _candidate(contact: Contact, said: dict[Facts, Facts]) -> Candidate:
+    """What the order asks of a READY. Many devices say the same facts: `said` has them once, as a fleet's are many."""
     body = decode_envelope(contact.envelope).body
-    return Candidate.of(decode(body, Ready), body, contact.envelope)
+    ready = decode(body, Ready)
+    facts = said.setdefault(ready.facts, ready.facts)
+    lean = msgspec.structs.replace(ready, campaign="", device=contact.device, prekey=b"", facts=facts)
+    return Candidate.of(lean, body, contact.envelope)
