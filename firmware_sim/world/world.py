@@ -224,9 +224,8 @@ class World(Clock):
 
     def entropy(self, number: int) -> Callable[[int], bytes]:
         """The randomness of one device's machine, another at each boot."""
-        return Stream(
-            self.seed, number, "entropy", self.devices[number].disk.state.boot, int(self.now * 1e3)
-        ).bytes
+        boot = self.devices[number].disk.state.boot
+        return Stream(self.seed, number, "entropy", boot, int(self.now * 1e3))
 
     def samples(self, number: int) -> int:
         """How many samples a device has."""
