@@ -32,6 +32,9 @@ PFL: Final = "pfl==0.6.0"
 PFL_CLIENTS, PFL_ROUNDS, PFL_NUMBERS = 1_000, 20, 1_024
 DAYS: Final = ((1_000, 3.0), (10_000, 45.0), (100_000, 900.0))  # devices, goal in CPU seconds
 DEVICE_BYTES_GOAL: Final = 4_096
+REST_SECONDS: Final = (
+    7_200.0  # of a bloc between two rounds: with check-ins and life, about 30 events an hour
+)
 TURN_DEVICES, TURN_HOURS = 1_000, 0.5
 SWEEP_SEEDS, SWEEP_DEVICES, SWEEP_HOURS = 200, 200, 6.0
 
@@ -126,7 +129,7 @@ def _child(case: str, args: argparse.Namespace, **more: int) -> dict[str, Any]:
 def day(seed: int, devices: int) -> dict[str, Any]:
     """The study's phones for 24 hours."""
     plan = study("phone", traces=False)
-    campaign = msgspec.structs.replace(plan.campaign, task="bowl", training_share=0.05)
+    campaign = msgspec.structs.replace(plan.campaign, task="bowl", rest_seconds=REST_SECONDS)
     result = World(
         msgspec.structs.replace(plan, campaign=campaign),
         devices=devices,
