@@ -19,6 +19,7 @@ from hub import effects as hub_effects
 from hub.hub import Hub
 
 LOOK_SECONDS: Final = 600.0
+SILENT_CHECKINS: Final = 6  # twice what a hub allows: its check-in time may have changed meanwhile
 _DEVICE_EFFECTS: Final = (
     device_effects.Save,
     device_effects.Publish,
@@ -81,6 +82,7 @@ class WatchedWorld:
             self.invariants.leases_end(START + world.now)
         if hub.machine is not None:
             self._is_bounded(hub.machine)
+            self._counts_who_is_there(hub.machine)
         for device in world.devices:
             self._is_not_stuck(device)
 
@@ -105,6 +107,20 @@ class WatchedWorld:
         for state in machine.rounds.values():
             if not state.incoming.keys() <= set(state.missing):
                 fail("bounded", f"the hub keeps half a report that it cannot use, for {state.bloc.row.id}")
+
+    def _counts_who_is_there(self, machine: Hub) -> None:
+        """A bloc counts members whose READY is good, who are here, and who were heard not long ago."""
+        for contact in machine.contacts.values():
+            if not contact.counted:
+                continue
+            every = contact.campaign.row.checkin_seconds if contact.campaign else 0
+            silent = START + self.world.now - contact.heard_at
+            if not (contact.envelope and contact.here) or contact.why:
+                self.invariants.fail(
+                    "counts", f"the hub counts {contact.device}, which is not ready or not here"
+                )
+            if silent > SILENT_CHECKINS * every + LOOK_SECONDS and self._hub_was_up():
+                self.invariants.fail("counts", f"the hub counts {contact.device}, silent for {silent:.0f} s")
 
     def _is_not_stuck(self, device: Device) -> None:
         """A device that is on, linked and allowed to work ends its round soon after the window, or has ended it."""
