@@ -8,7 +8,6 @@ a row (who is here, half-received reports) devices say again to a new process.
 from __future__ import annotations
 
 import heapq
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
@@ -313,7 +312,6 @@ class Book:
     def _contact(self, device: str) -> Contact:
         found = self.contacts.get(device)
         if found is None:
-            device = sys.intern(device)  # the name is in its bloc's row and its certificate's, too
             found = self.contacts[device] = Contact(device)
         return found
 

@@ -7,7 +7,6 @@ clock: each name has a generation, and a power-off begins a new one for all.
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections import defaultdict
 from collections.abc import Callable
@@ -153,7 +152,7 @@ class Fleet:
         world = self.world
         device.told = told = world.surroundings.judge(device)
         device.agent = Agent(
-            sys.intern(name_of(device.number)),  # the hub's book has the same object
+            name_of(device.number),
             world.identities.signer(device.number),
             world.verifier,
             device.parts.policy,
