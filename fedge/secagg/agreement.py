@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedge.errors import ProtocolError
-from fedge.secagg.keystream import StreamCipher
+from fedge.secagg.keystream import Keystream, StreamCipher
 
 _EDGE: Final = b"fedge edge v1"
 
@@ -36,6 +36,10 @@ class Agreement:
                 "bad-prekey", "prekey cannot be used", field="prekey", value=other.hex()
             ) from error
         return HKDF(hashes.SHA256(), cipher.key_bytes, salt=h, info=_EDGE + cipher.value).derive(shared)
+
+    def stream(self, cipher: StreamCipher, key: bytes) -> Keystream:
+        """The stream of an edge's key."""
+        return Keystream(cipher, key)
 
 
 AGREEMENT: Final = Agreement()

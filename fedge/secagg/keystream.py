@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import ciphers
 from cryptography.hazmat.primitives.ciphers import algorithms, modes
 
 PIECE_BYTES: Final = 262_144  # fits second-level caches; AES-CTR runs at its best from 128 KB
-BUFFER_BYTES: Final = PIECE_BYTES + 15  # older `cryptography` wants room for one more block, less a byte
+SPARE_BYTES: Final = 15  # older `cryptography` wants room for one more block, less a byte
 _ZEROS: Final = memoryview(bytes(PIECE_BYTES))
 _FROM_ZERO: Final = bytes(16)
 
@@ -44,7 +44,7 @@ class Keystream:
             self._encryptor = ciphers.Cipher(algorithms.ChaCha20(key, start), mode=None).encryptor()
 
     def fill(self, buffer: bytearray, count: int) -> None:
-        """The next `count` bytes, at most PIECE_BYTES, at the front of `buffer` of BUFFER_BYTES."""
+        """The next `count` bytes, at most PIECE_BYTES, at the front of `buffer`, which has SPARE_BYTES more."""
         self._encryptor.update_into(_ZEROS[:count], buffer)
 
     def take(self, count: int) -> bytes:

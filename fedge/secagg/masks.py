@@ -18,7 +18,7 @@ import numpy as np
 from fedge.errors import ProtocolError
 from fedge.secagg.agreement import AGREEMENT as AGREEMENT
 from fedge.secagg.agreement import Agreement as Agreement
-from fedge.secagg.keystream import BUFFER_BYTES, PIECE_BYTES, Keystream, StreamCipher
+from fedge.secagg.keystream import PIECE_BYTES, SPARE_BYTES, Keystream, StreamCipher
 from fedge.secagg.ring import MetadataWords, Words
 
 
@@ -61,7 +61,7 @@ def open_edges(
 
 def mask_in_place(words: Words, metadata: MetadataWords, edges: Sequence[Edge]) -> None:
     """Apply every edge's stream to `words` and, where it goes on, to `metadata`. Needs one block of memory."""
-    buffer = bytearray(BUFFER_BYTES)
+    buffer = bytearray(min(PIECE_BYTES, max(words.nbytes, metadata.nbytes)) + SPARE_BYTES)
     for target in (words, metadata):
         numbers = PIECE_BYTES // target.itemsize
         for start in range(0, target.size, numbers):
@@ -89,4 +89,4 @@ def _edges(
         if other_position != position:
             cipher = edge_cipher(own, other)
             key = agreement.edge_key(h, secret, other.prekey, cipher)
-            yield Edge(adds=other_position > position, stream=Keystream(cipher, key))
+            yield Edge(adds=other_position > position, stream=agreement.stream(cipher, key))

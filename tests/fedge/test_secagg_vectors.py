@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedge.secagg.bloc import BlocSum
-from fedge.secagg.keystream import BUFFER_BYTES, Keystream, StreamCipher
+from fedge.secagg.keystream import PIECE_BYTES, SPARE_BYTES, Keystream, StreamCipher
 from fedge.secagg.masks import AGREEMENT, Member, edge_cipher, mask_in_place, open_edges
 from fedge.update.codec import encode
 from fedge.update.metadata import METADATA_WORDS
@@ -162,7 +162,7 @@ def test_aes_128_ctr_of_sp_800_38a_f_5_1() -> None:
 
 def test_chacha20_of_rfc_8439_2_4_2() -> None:
     start = (1).to_bytes(4, "little") + bytes.fromhex("000000000000004a00000000")
-    buffer = bytearray(BUFFER_BYTES)
+    buffer = bytearray(PIECE_BYTES + SPARE_BYTES)
     Keystream(StreamCipher.CHACHA20, bytes(range(32)), start).fill(buffer, 114)
     plain = (
         b"Ladies and Gentlemen of the class of '99: If I could offer you "
