@@ -113,10 +113,9 @@ class Admission(RoundKeeper):
         if bloc.queued or not self._may_open(bloc):
             return False
         campaign, row = bloc.campaign, bloc.row
-        rested_at = row.ended_at + campaign.row.rest_seconds if row.ended_at else now
-        if now < rested_at:
+        if now < bloc.rested_at:
             bloc.queued = "rest"
-            self._at(rested_at, self._rested, bloc)
+            self._at(bloc.rested_at, self._rested, bloc)
         elif not scheduler.within_quota(row.opened, campaign.mean_opened, campaign.row.quota):
             self._hold(bloc)
         else:
@@ -283,8 +282,7 @@ class Admission(RoundKeeper):
             self._keep(row)
             if waited >= _BLOCKED_SAVED_SECONDS:
                 yield Save(row)
-        rest = bloc.campaign.row.rest_seconds
-        bloc.blocked_by, bloc.blocked_since = blocker, max(now, bloc.row.ended_at + rest)
+        bloc.blocked_by, bloc.blocked_since = blocker, max(now, bloc.rested_at)
 
     def waited(self, now: float, bloc: BlocState) -> float:
         """For how many seconds the bloc has now waited for `bloc.blocked_by` alone."""

@@ -143,6 +143,16 @@ class BlocState:
     def done(self) -> bool:
         return self.row.opened >= self.campaign.row.rounds
 
+    @property
+    def rested_at(self) -> float:
+        """When it may be opened again, Unix seconds."""
+        row = self.row
+        return (
+            row.ended_at + scheduler.rest(self.campaign.row.rest_seconds, row.sat_out)
+            if row.ended_at
+            else 0.0
+        )
+
 
 class CampaignState:
     """One campaign: its row and the sums over its blocs and devices."""

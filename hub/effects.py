@@ -78,6 +78,7 @@ class BlocRow(msgspec.Struct, frozen=True, kw_only=True):
     formed_at: float = 0.0
     formation: int = 1
     ended_at: float = 0.0  # when its last round ended, Unix seconds; 0 = never
+    sat_out: int = 0  # rounds in a row of which nothing was opened
     opened_at: float = 0.0  # when a sum of it was last opened; 0 = never
 
 

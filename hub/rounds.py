@@ -190,7 +190,9 @@ class RoundKeeper(Book, ABC):
         ref = BlobRef(hashlib.sha256(data).digest(), len(data))
         yield effects.StoreBlob(ref, data)
         yield self._save(
-            msgspec.structs.replace(bloc.row, opened=bloc.row.opened + 1, opened_at=now, ended_at=now)
+            msgspec.structs.replace(
+                bloc.row, opened=bloc.row.opened + 1, opened_at=now, ended_at=now, sat_out=0
+            )
         )
         late = aggregation.staleness(campaign.adapter_version - state.row.base_version, beside)
         yield self._save(_moved_on(campaign, ref, opened, late))
@@ -233,7 +235,7 @@ class RoundKeeper(Book, ABC):
         campaign, bloc = state.bloc.campaign.row, state.bloc.row
         spoiled = campaign.reports_spoiled + len(bloc.members) - len(state.missing)
         yield self._save(msgspec.structs.replace(campaign, reports_spoiled=spoiled))
-        yield self._save(msgspec.structs.replace(bloc, ended_at=now))
+        yield self._save(msgspec.structs.replace(bloc, ended_at=now, sat_out=bloc.sat_out + 1))
         yield from self._close_round(now, state, {"reason": reason}, reason)
 
     def _close_round(

@@ -33,6 +33,10 @@ WORK_FLOOR: Final = 0.15  # of the planned steps, so that no slow board is idled
 DEPTH_FLOOR: Final = 0.25  # of the layers; fewer save little time, since the forward pass stays whole
 STAY_MARGIN: Final = 1.25  # a stay must be this many times the planned seconds
 QUOTA_SLACK: Final = 2  # rounds above quota x mean, so that a young campaign can move
+RETRY_SECONDS, RETRY_SECONDS_MAX = (
+    30.0,
+    3_600.0,
+)  # rest of a bloc of which two rounds in a row came to nothing
 LIVE_SECONDS: Final = 2 * 3_600.0  # a bloc that was opened within these is live
 LIVE_SHARE_MIN: Final = 0.25  # with fewer live blocs nothing is opened: the few would become the model
 STARVE_AFTER_SECONDS: Final = 2 * 3_600.0  # from the first formation; before, nobody had a turn yet
@@ -121,6 +125,13 @@ def _not_now(ready: Ready) -> str:
     if facts.power == "battery" and facts.charge_quarter <= 1:
         return "low battery"
     return "metered" if facts.metered else "not now"
+
+
+def rest(rest_seconds: float, sat_out: int) -> float:
+    """Seconds until a bloc may be opened again: longer and longer when nothing comes of its rounds."""
+    if sat_out < 2:
+        return rest_seconds
+    return max(rest_seconds, min(RETRY_SECONDS * 2.0 ** min(sat_out - 2, 30), RETRY_SECONDS_MAX))
 
 
 def within_quota(opened: int, mean: float, quota: float) -> bool:

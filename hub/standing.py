@@ -189,7 +189,7 @@ def _bloc_state(hub: Hub, now: float, bloc: BlocState) -> str:
         return _waiting_for([one for one in row.members if not hub.counts(one, campaign)])
     if campaign.row.starving:
         return "starving"
-    if row.ended_at and now < row.ended_at + campaign.row.rest_seconds:
+    if now < bloc.rested_at:
         return "resting"
     if not scheduler.within_quota(row.opened, campaign.mean_opened, campaign.row.quota):
         return "quota"

@@ -76,10 +76,9 @@ def campaign(
         steps=5,
         bloc_devices=bloc,
         form_at_devices=devices,
-        window_seconds=3600,
         seed=0,
         adapter=BlobRef(hashlib.sha256(adapter).digest(), len(adapter)),
-        **knobs,
+        **{"window_seconds": 3600, **knobs},
     )
 
 

@@ -261,6 +261,17 @@ def test_who_missed_a_window_is_remembered_and_its_bloc_tries_again() -> None:
     assert standing(fleet.hub, fleet.now).campaigns[0].yielded == pytest.approx(5 / 9)
 
 
+def test_a_bloc_whose_rounds_come_to_nothing_is_tried_ever_more_seldom() -> None:
+    fleet = one_bloc(window_seconds=60)
+    held(fleet, "d02")
+    fleet.run()
+    for _ in range(24 * 60):
+        fleet.wait(60)
+    assert 24 <= len(fleet.kinds("open")) <= 40, "an hour apart in the end, not a minute"
+    assert fleet.kinds("opened") == []
+
+
+
 def test_an_open_is_repeated_ever_more_seldom_and_only_to_who_is_there() -> None:
     fleet = formed_and_held(5)
     said: Counter[str] = Counter()
