@@ -113,6 +113,12 @@ def _formed_with(envelope: bytes, verifier: Verifier, now: float) -> Opened[Read
         ) from error
 
 
+def owner_allows(opening: Open, policy: Policy) -> None:
+    """The owner may have become stricter since the OPEN was accepted: asked again before masks are made."""
+    _check_floor(len(opening.roster), policy)
+    _check_plan(opening.steps, opening.depths, policy)
+
+
 def _check_floor(devices: int, policy: Policy) -> None:
     floor = max(policy.bloc_devices_min, limits.BLOC_DEVICES_MIN)
     if devices < floor:

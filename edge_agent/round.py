@@ -20,6 +20,7 @@ from edge_agent.conditions import STAY_SECONDS_MAX
 from edge_agent.effects import AgentState, Effect
 from edge_agent.policy import Policy
 from fedge import topics
+from fedge.errors import ProtocolError
 from fedge.frames import Outgoing
 from fedge.identity import Opened, Signer, Verifier
 from fedge.messages import (
@@ -196,6 +197,12 @@ class RoundWorker(ABC):
         if event.transcript != self.transcript:
             return
         opening = self.open_message
+        try:
+            checks.owner_allows(opening, self.policy)
+        except ProtocolError as error:
+            yield effects.Tell(str(error), error.name)
+            yield from self._sit_out("policy")
+            return
         self.phase = Phase.SEALING
         pace = float(f"{event.seconds / max(event.steps, 1):.2g}")
         yield self._save(consumed=event.transcript, seconds_per_step=pace)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import get_args
 
+import msgspec
 import pytest
 from playbook import Fleet, campaign
 from scene import CANCELLED, Scene, at, names
@@ -169,6 +170,15 @@ def test_a_round_ends_on_the_device_too_when_its_result_was_lost(phase: Phase) -
     assert names(out) == [*stopped, "Save", "Publish decline", "SetTimer result"]
     assert scene.agent.phase is Phase.AWAITING
     assert scene.when(effects.TimerFired("receipt")) == []
+
+
+def test_an_owner_who_becomes_stricter_in_a_round_is_obeyed_before_any_mask() -> None:
+    scene = at(Phase.TRAINING)
+    scene.agent.policy = msgspec.structs.replace(scene.agent.policy, bloc_devices_min=6)
+    out = scene.when(effects.Trained(scene.agent.transcript, 9.0, 3, 3, 5, 1.0))
+    assert names(out) == ["Tell", "Save", "Publish decline", "SetTimer result"]
+    assert out[0].refusal == "small-bloc"
+    assert scene.agent.phase is Phase.AWAITING
 
 
 def test_a_round_that_was_missed_altogether_spends_the_ready() -> None:
