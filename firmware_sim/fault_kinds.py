@@ -110,7 +110,7 @@ def _broker_amnesia(world: Surface, number: int, draw: Stream, devices: int) -> 
 
 
 _KINDS: Final = (
-    FaultKind("loss", "one to four messages in a row are lost after the broker took them"),
+    FaultKind("loss", "a few messages within half a minute are lost after the broker took them"),
     FaultKind("duplicate", "a message arrives a second time, seconds to minutes later"),
     FaultKind("reorder", "a message arrives after later ones"),
     FaultKind("stale-metadata", "an old announcement or an earlier OPEN is delivered again"),

@@ -9,8 +9,10 @@ quiet, and there everything must have come to order again. A fault whose rate is
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Final
 
@@ -23,6 +25,7 @@ from firmware_sim.world.streams import Stream
 __all__ = ["FAULTS", "HUB", "Faults"]
 
 QUIET_SHARE, QUIET_SECONDS_MAX = 0.4, 3 * 3_600.0  # of the run's end, in which nothing goes wrong
+BURST_SECONDS: Final = 30.0  # a link that loses one message loses those right behind it
 _REMEMBERED: Final = 8  # old announcements that may be replayed
 _AT_SAVE: Final = {"power-cut-at-save", "hub-crash-at-save"}
 _FORGEABLE: Final = {"open", "result", "announcement"}
@@ -30,6 +33,15 @@ _COMMANDS: Final = topics.commands("x").removeprefix(f"{topics.ROOT}/d/x")
 _ANNOUNCEMENTS: Final = topics.announcement("")
 _NONE: Final = (b"", b"")
 _Copies = list[tuple[float, bytes]]
+
+
+@dataclass(slots=True, eq=False)
+class _Strike:
+    """A fault that waits for what it can hit, until it `ends`."""
+
+    name: str
+    draw: Stream
+    ends: float = math.inf
 
 
 class Faults:
@@ -54,7 +66,7 @@ class Faults:
         self.ends = quiet_from(days) if ends is None else ends
         self.counts: dict[str, int] = dict.fromkeys(self.rates, 0)
         self._next: dict[str, list[tuple[float, int, Stream]]] = {}  # heaps: when, whom, its draws
-        self._waiting: dict[int, list[tuple[str, Stream]]] = {}  # whom -> what will hit its next message
+        self._waiting: dict[int, list[_Strike]] = {}  # whom -> what will hit its next message
         self._at_save: dict[int, Stream] = {}
         self._at_blob: dict[int, Stream] = {}
         self._old: deque[bytes] = deque(maxlen=_REMEMBERED)  # announcements, oldest first
@@ -95,8 +107,8 @@ class Faults:
             self._at_blob[number] = draw
         else:
             waiting = self._waiting.setdefault(number, [])
-            if name not in [known for known, _ in waiting]:  # hours without a message do not pile losses up
-                waiting.append((name, draw))
+            if name not in [known.name for known in waiting]:  # hours without a message do not pile losses up
+                waiting.append(_Strike(name, draw))
         later = when + draw.exponential(DAY / self.rates[name])
         if later < self.ends:
             heapq.heappush(self._next[name], (later, number, draw))
@@ -134,16 +146,29 @@ class Faults:
         waiting = self._waiting.get(number)
         if waiting is None:
             return None
-        for place, (name, draw) in enumerate(waiting):
-            copies = self._hit(world, name, draw, to, payload)
-            if copies is not None:
-                self.counts[name] += 1
-                if name != "loss" or draw.chance(0.4):  # a loss takes 2.5 messages on average
-                    del waiting[place]
-                if not waiting:
-                    del self._waiting[number]
+        for strike in list(waiting):
+            if world.now <= strike.ends:
+                copies = self._hit(world, strike.name, strike.draw, to, payload)
+                if copies is None:
+                    continue
+                self.counts[strike.name] += 1
+                self._goes_on(world, number, strike)
                 return copies
+            self._ended(number, strike)
         return None
+
+    def _goes_on(self, world: Surface, number: int, strike: _Strike) -> None:
+        """A loss takes a few messages in a row; everything else hits once."""
+        if strike.name == "loss" and strike.draw.chance(0.6):
+            strike.ends = min(strike.ends, world.now + BURST_SECONDS)
+        else:
+            self._ended(number, strike)
+
+    def _ended(self, number: int, strike: _Strike) -> None:
+        waiting = self._waiting[number]
+        waiting.remove(strike)
+        if not waiting:
+            del self._waiting[number]
 
     def _hit(self, world: Surface, name: str, draw: Stream, to: int, payload: bytes) -> _Copies | None:
         """The copies of a message that fault `name` hits; None when it is not one that it can hit."""

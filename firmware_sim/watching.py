@@ -19,6 +19,9 @@ from hub import effects as hub_effects
 from hub.hub import Hub
 
 LOOK_SECONDS: Final = 600.0
+STUCK_SECONDS: Final = (
+    2_400.0  # beyond the window: a device asks every eight minutes, and some of that is lost
+)
 SILENT_CHECKINS: Final = 6  # twice what a hub allows: its check-in time may have changed meanwhile
 _DEVICE_EFFECTS: Final = (
     device_effects.Save,
@@ -129,7 +132,7 @@ class WatchedWorld:
             self._suspects.pop(device.number, None)
             return
         suspect = device.link, memory.transcript
-        late = memory.since + self.world.scenario.campaign.window_seconds + LEASE_SECONDS < self.world.now
+        late = memory.since + self.world.scenario.campaign.window_seconds + STUCK_SECONDS < self.world.now
         if late and self._suspects.get(device.number) == suspect and self._hub_was_up():
             self.invariants.fail("stuck", f"{name_of(device.number)} is in a round long after its window")
         self._suspects[device.number] = suspect
