@@ -18,7 +18,7 @@ from firmware_sim.world.world import World
 
 FOLDER = Path(__file__).parent
 RECORDED = sorted(FOLDER.glob("*.json"))
-SEEDS = 15  # each some 3 CPU seconds; `fedge sim sweep storm --seeds 10000` is the long run
+SEEDS = 20  # each some 2.5 CPU seconds; `fedge sim sweep storm --seeds 10000` is the long run
 DEVICES, DAYS = 200, 0.25
 
 
