@@ -32,11 +32,11 @@ from edge_agent.dataset import load_encoder  # noqa: E402
 from fedge.io import assets  # noqa: E402
 from fedge.lora import LoraConfig  # noqa: E402
 from fedge.messages import Training  # noqa: E402
-from firmware_sim.evaluation import PersonLoss, evaluate_people, pooled, spread  # noqa: E402
-from firmware_sim.local_training import Plan  # noqa: E402
-from firmware_sim.people import read_people, split_people, write_person  # noqa: E402
-from firmware_sim.reference import Reference, federated  # noqa: E402
-from firmware_sim.reference import pooled as pooled_reference  # noqa: E402
+from firmware_sim.processes.evaluation import PersonLoss, evaluate_people, pooled, spread  # noqa: E402
+from firmware_sim.processes.local_training import Plan  # noqa: E402
+from firmware_sim.processes.people import read_people, split_people, write_person  # noqa: E402
+from firmware_sim.processes.reference import Reference, federated  # noqa: E402
+from firmware_sim.processes.reference import pooled as pooled_reference  # noqa: E402
 
 EARLIER = "prototype, seeds 2 and 3"
 

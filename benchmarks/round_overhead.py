@@ -16,7 +16,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from report import Row, parser, print_report, progress
 
-from firmware_sim.fleet import LocalFleet
+from firmware_sim.processes.fleet import LocalFleet
 from hub.campaigns import Wish
 from hub.effects import LedgerEntry
 

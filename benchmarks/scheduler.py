@@ -21,16 +21,16 @@ from typing import Final
 import msgspec
 from report import ROOT, Row, parser, print_report, progress
 
-from firmware_sim import reach
-from firmware_sim import traces as recorded
-from firmware_sim.baselines import BASELINES, run_baseline
-from firmware_sim.faults import Faults
-from firmware_sim.figures import Figures, Reached, of_lawless, of_world
+from firmware_sim.faults.strikes import Faults
 from firmware_sim.parts.draw import DeviceParts, draw
 from firmware_sim.scenario import Scenario
-from firmware_sim.study import CONDITIONS, DEVICES, HOURS, Condition, study
-from firmware_sim.tasks import Mlp, fleet_task
-from firmware_sim.traces import Traces
+from firmware_sim.study import reach
+from firmware_sim.study.baselines import BASELINES, run_baseline
+from firmware_sim.study.conditions import CONDITIONS, DEVICES, HOURS, Condition, study
+from firmware_sim.study.figures import Figures, Reached, of_lawless, of_world
+from firmware_sim.traces import recorded
+from firmware_sim.traces.recorded import Traces
+from firmware_sim.world.tasks import Mlp, fleet_task
 from firmware_sim.world.world import World
 from hub import effects
 from hub.effects import LedgerEntry

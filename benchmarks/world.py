@@ -22,10 +22,10 @@ from typing import Any, Final
 import msgspec
 from report import Row, parser, print_report, progress
 
-from firmware_sim.cases import case_of, judge
-from firmware_sim.faults import Faults
+from firmware_sim.faults.strikes import Faults
+from firmware_sim.rules.cases import case_of, judge
 from firmware_sim.scenario import Campaign, Group, LinkKind, Scenario, load_scenario
-from firmware_sim.study import study
+from firmware_sim.study.conditions import study
 from firmware_sim.world.world import World
 
 PFL: Final = "pfl==0.6.0"

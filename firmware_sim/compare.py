@@ -16,9 +16,16 @@ from typing import Final, Literal
 import msgspec
 
 from fedge.errors import DataError, NoInputError, UsageError
-from firmware_sim.figures import Reached, at_the_end, first_below, settled_below
+from firmware_sim.pages.world_words import (
+    energy_kj,
+    energy_text,
+    hours_text,
+    number_text,
+    percent_text,
+    served,
+)
+from firmware_sim.study.figures import Reached, at_the_end, first_below, settled_below
 from firmware_sim.world.outcome import WorldResult, read_world
-from firmware_sim.world_words import energy_kj, energy_text, hours_text, number_text, percent_text, served
 
 SIDES_MAX: Final = 4  # as many as a chart can show
 NOTABLE: Final = 0.01  # a smaller difference is none

@@ -24,8 +24,8 @@ from typing import Final, Literal
 import msgspec
 
 from fedge.errors import UnavailableError
-from firmware_sim.fleet import LocalFleet
-from firmware_sim.process_faults import FAULTS
+from firmware_sim.processes.fleet import LocalFleet
+from firmware_sim.processes.process_faults import FAULTS
 from firmware_sim.scenario import Campaign, Group, Scenario
 from firmware_sim.world.task import Task
 from firmware_sim.world.world import World, WorldFaults

@@ -12,7 +12,7 @@ import msgspec
 
 from fedge.errors import ConfigError, UsageError
 from firmware_sim.compare import Measure, Row, Side, common_target
-from firmware_sim.compare_report import Comparison, compared
+from firmware_sim.pages.compare_report import Comparison, compared
 from firmware_sim.parts.board import BOARDS
 from firmware_sim.problems import nearest
 from firmware_sim.scenario import Group, Scenario

@@ -127,7 +127,7 @@ class Campaign(_Table, frozen=True):
 
 
 class Scenario(_Table, frozen=True, kw_only=True):
-    """The whole file. `faults`: how often each fault of firmware_sim.faults strikes, per device and day."""
+    """The whole file. `faults`: how often each fault of firmware_sim.faults.strikes strikes, per device and day."""
 
     name: Name
     about: Annotated[str, Meta(max_length=2_000)] = ""
@@ -203,7 +203,7 @@ def known_boards() -> Iterable[str]:
 
 def known_faults() -> Iterable[str]:
     """The faults that may strike."""
-    from firmware_sim.faults import FAULTS
+    from firmware_sim.faults.strikes import FAULTS
 
     return FAULTS
 

@@ -18,17 +18,17 @@ import msgspec
 
 from fedge.errors import ConfigError, InvariantBroken
 from fedge.io import durable
+from firmware_sim.pages.screen import Screen
+from firmware_sim.pages.timelapse import when_text
+from firmware_sim.pages.world_report import write_world_report
 from firmware_sim.parts.hours import DAY
 from firmware_sim.scenario import Scenario
-from firmware_sim.screen import Screen
-from firmware_sim.timelapse import when_text
 from firmware_sim.world.outcome import Violation, WorldResult, write_world
 from firmware_sim.world.task import Task
 from firmware_sim.world.world import World
-from firmware_sim.world_report import write_world_report
 
 if TYPE_CHECKING:
-    from firmware_sim.watching import WatchedWorld
+    from firmware_sim.rules.watching import WatchedWorld
 
 EXACT_DEVICES_MAX, EXACT_EVERY = 200, 16
 REAL_TRAINING_DEVICES_MAX: Final = 64  # each training takes as long here as it takes
@@ -94,8 +94,8 @@ def keep(result: WorldResult, folder: Path) -> None:
 
 
 def _built(scenario: Scenario, wish: Wish, seed: int) -> World:
-    from firmware_sim.faults import Faults
-    from firmware_sim.traces import load
+    from firmware_sim.faults.strikes import Faults
+    from firmware_sim.traces.recorded import load
 
     devices, days = wish.devices or scenario.devices, wish.days or scenario.days
     return World(
@@ -120,14 +120,14 @@ def _real_task(wish: Wish, devices: int) -> Task | None:
             value=devices,
             hint="Give --devices, or leave --real-training out",
         )
-    from firmware_sim.real_task import RealTask
+    from firmware_sim.world.real_task import RealTask
 
     return RealTask(wish.bundle, wish.data)
 
 
 def _watched(world: World, again: str) -> WatchedWorld:
     """The world under every rule. Sums are worked out again word by word: all of a small fleet, some of a large one."""
-    from firmware_sim.watching import WatchedWorld
+    from firmware_sim.rules.watching import WatchedWorld
 
     every = 1 if len(world.devices) <= EXACT_DEVICES_MAX else EXACT_EVERY
     return WatchedWorld(world, exact_every=every, replay=again)

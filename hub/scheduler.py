@@ -33,16 +33,14 @@ WORK_FLOOR: Final = 0.15  # of the planned steps, so that no slow board is idled
 DEPTH_FLOOR: Final = 0.25  # of the layers; fewer save little time, since the forward pass stays whole
 STAY_MARGIN: Final = 1.25  # a stay must be this many times the planned seconds
 QUOTA_SLACK: Final = 2  # rounds above quota x mean, so that a young campaign can move
-RETRY_SECONDS, RETRY_SECONDS_MAX = (
-    30.0,
-    3_600.0,
-)  # rest of a bloc of which two rounds in a row came to nothing
+RETRY_SECONDS: Final = 30.0  # rest of a bloc whose last two rounds came to nothing; then doubled
+RETRY_SECONDS_MAX: Final = 3_600.0
 LIVE_SECONDS: Final = 2 * 3_600.0  # a bloc that was opened within these is live
 LIVE_SHARE_MIN: Final = 0.25  # with fewer live blocs nothing is opened: the few would become the model
 STARVE_AFTER_SECONDS: Final = 2 * 3_600.0  # from the first formation; before, nobody had a turn yet
 CHECKIN_SECONDS: Final = 60  # of a waiting device in a small fleet
 CHECKIN_SECONDS_CALM: Final = 960  # four READYs an hour are 2 KB: nothing on a metered link
-CHECKINS_PER_SECOND: Final = 4  # from all devices, while they are asked more often than that
+CHECKINS_PER_SECOND: Final = 1  # up to there; a fleet that is larger still takes up to
 CHECKINS_PER_SECOND_MAX: Final = 200  # from all devices, however many
 PRESENT_CHECKINS: Final = 3  # a waiting device is here while it was heard within so many check-ins
 

@@ -24,11 +24,11 @@ from fedge.io import assets
 from fedge.lora import AdapterLayout
 from fedge.messages import Template
 from fedge.release import MANIFEST, Manifest
-from firmware_sim.evaluation import evaluate_people, pooled
-from firmware_sim.fleet import HUB, LocalFleet
-from firmware_sim.process_faults import FAULTS, ProcessFaults, Strike, draw_strikes
-from firmware_sim.result import decode_result
-from firmware_sim.shaper import LINES, Line
+from firmware_sim.processes.evaluation import evaluate_people, pooled
+from firmware_sim.processes.fleet import HUB, LocalFleet
+from firmware_sim.processes.process_faults import FAULTS, ProcessFaults, Strike, draw_strikes
+from firmware_sim.processes.result import decode_result
+from firmware_sim.processes.shaper import LINES, Line
 from hub.blobs import Blobs
 from hub.campaigns import Wish
 from hub.effects import CampaignRow, LedgerEntry

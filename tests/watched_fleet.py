@@ -15,7 +15,7 @@ from playbook import NOW, NUMBERS, Device, Fleet
 
 from edge_agent import effects as device_effects
 from fedge.identity import Verifier
-from firmware_sim.invariants import Invariants
+from firmware_sim.rules.invariants import Invariants
 from hub import effects as hub_effects
 
 

@@ -83,10 +83,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     import msgspec
 
     from fedge.errors import UsageError
-    from firmware_sim import demo
-    from firmware_sim.process_faults import parse_faults
-    from firmware_sim.report import print_table
-    from firmware_sim.result import encode_result
+    from firmware_sim.processes import demo
+    from firmware_sim.processes.process_faults import parse_faults
+    from firmware_sim.processes.report import print_table
+    from firmware_sim.processes.result import encode_result
 
     names = (
         "devices",

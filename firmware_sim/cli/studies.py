@@ -10,7 +10,7 @@ from firmware_sim.cli.world import add_fleet_flags, wish_of
 
 if TYPE_CHECKING:
     from firmware_sim.compare import Side
-    from firmware_sim.compare_report import Comparison
+    from firmware_sim.pages.compare_report import Comparison
     from firmware_sim.scenario import Scenario
     from firmware_sim.simulate import Wish
 
@@ -95,7 +95,7 @@ def _add_study_flags(parser: argparse.ArgumentParser, folder: str) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from firmware_sim.compare import common_target, load_side, require_sides, told_apart
-    from firmware_sim.compare_report import compared
+    from firmware_sim.pages.compare_report import compared
     from firmware_sim.scenario import load_scenario
 
     wish, seeds = wish_of(arguments), _seeds(arguments)
@@ -132,7 +132,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _fits(arguments: argparse.Namespace) -> int:
-    from firmware_sim import fits
+    from firmware_sim.traces import fits
 
     return fits.main(["--traces", str(arguments.traces), *(["--json"] if arguments.json else [])])
 
@@ -150,7 +150,7 @@ def _seeds(arguments: argparse.Namespace) -> range:
 def _run_side(name: str, scenario: Scenario, wish: Wish, seeds: range, folder: Path) -> Side:
     """One run for each seed, each kept in a folder of its own as soon as it is there."""
     from firmware_sim.compare import Side
-    from firmware_sim.screen import Screen
+    from firmware_sim.pages.screen import Screen
     from firmware_sim.simulate import keep, simulate
 
     runs = []
@@ -167,7 +167,7 @@ def _run_side(name: str, scenario: Scenario, wish: Wish, seeds: range, folder: P
 
 
 def _tell(arguments: argparse.Namespace, found: Comparison) -> int:
-    from firmware_sim.compare_report import encode_comparison, print_comparison, write_comparison
+    from firmware_sim.pages.compare_report import encode_comparison, print_comparison, write_comparison
 
     write_comparison(found, arguments.out)
     if arguments.json:

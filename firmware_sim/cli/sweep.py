@@ -47,10 +47,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
     import msgspec
 
     from fedge.errors import InvariantBroken
-    from firmware_sim.cases import Verdict
+    from firmware_sim.pages.screen import Screen
+    from firmware_sim.rules.cases import Verdict
+    from firmware_sim.rules.sweep import summary, sweep
     from firmware_sim.scenario import load_scenario
-    from firmware_sim.screen import Screen
-    from firmware_sim.sweep import summary, sweep
 
     scenario = load_scenario(arguments.scenario)
     devices, days = arguments.devices or scenario.devices, arguments.days or scenario.days

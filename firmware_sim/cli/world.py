@@ -109,11 +109,11 @@ def wish_of(arguments: argparse.Namespace) -> Wish:
 
 
 def _world(arguments: argparse.Namespace) -> int:
+    from firmware_sim.pages.screen import Screen
+    from firmware_sim.pages.world_report import print_world
     from firmware_sim.scenario import load_scenario
-    from firmware_sim.screen import Screen
     from firmware_sim.simulate import keep, simulate
     from firmware_sim.world.outcome import encode_world
-    from firmware_sim.world_report import print_world
 
     wish = wish_of(arguments)
     scenario = load_scenario(arguments.scenario)
@@ -137,7 +137,7 @@ def _scenarios(arguments: argparse.Namespace) -> int:
     elif arguments.boards:
         _print_boards()
     elif arguments.faults:
-        from firmware_sim.faults import FAULTS
+        from firmware_sim.faults.strikes import FAULTS
 
         for kind in FAULTS.values():
             print(f"{kind.name:<18} {kind.what} (a day{' and device' if kind.unit == 'device' else ''})")

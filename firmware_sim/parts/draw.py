@@ -32,7 +32,7 @@ _GOLDEN: Final = 0.6180339887498949
 
 
 class TraceSource(Protocol):
-    """What firmware_sim.traces.Traces offers. Any `index` is a device: they are counted round and round."""
+    """What firmware_sim.traces.recorded.Traces offers. Any `index` is a device: they are counted round and round."""
 
     @property
     def name(self) -> str: ...

@@ -47,7 +47,7 @@ Progress = Callable[[float], None]
 
 
 class WorldFaults(Protocol):
-    """What a world asks of firmware_sim.faults."""
+    """What a world asks of firmware_sim.faults.strikes."""
 
     counts: dict[str, int]
 
@@ -99,7 +99,7 @@ class World(Clock):
         self._begun = False
 
     def _make_task(self) -> Task:
-        from firmware_sim.tasks import SLOW_BOARDS, make_task
+        from firmware_sim.world.tasks import SLOW_BOARDS, make_task
 
         name = self.scenario.campaign.task
         if name == "real":

@@ -7,8 +7,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from firmware_sim import lawless
-from firmware_sim.baselines import (
+from firmware_sim.parts.draw import DeviceParts, draw
+from firmware_sim.scenario import Scenario
+from firmware_sim.study import lawless
+from firmware_sim.study.baselines import (
     BASELINES,
     Oort,
     PowerOfChoice,
@@ -16,12 +18,10 @@ from firmware_sim.baselines import (
     run_baseline,
     weighted_sample,
 )
-from firmware_sim.lawless import Lawless, LawlessRun, Update, jain
-from firmware_sim.parts.draw import DeviceParts, draw
-from firmware_sim.scenario import Scenario
-from firmware_sim.study import CONDITIONS, study
-from firmware_sim.tasks import Bowl, fleet_task
+from firmware_sim.study.conditions import CONDITIONS, study
+from firmware_sim.study.lawless import Lawless, LawlessRun, Update, jain
 from firmware_sim.world.streams import Stream
+from firmware_sim.world.tasks import Bowl, fleet_task
 
 DEVICES = 60
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedge.errors import UnavailableError
-from firmware_sim.cgroups import Cgroups, Limits
+from firmware_sim.processes.cgroups import Cgroups, Limits
 
 
 class Kernel:

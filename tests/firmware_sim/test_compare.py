@@ -13,7 +13,7 @@ from world_values import bare_result, world_result
 
 from fedge.errors import ConfigError, DataError, NoInputError, UsageError
 from firmware_sim.compare import Side, common_target, load_side, require_sides, rows_of, told_apart
-from firmware_sim.compare_report import compared, comparison_page, encode_comparison, print_comparison
+from firmware_sim.pages.compare_report import compared, comparison_page, encode_comparison, print_comparison
 from firmware_sim.parts.draw import draw
 from firmware_sim.plan import answer, bought, parse_purchase, price, purchase_text
 from firmware_sim.scenario import Scenario, load_scenario

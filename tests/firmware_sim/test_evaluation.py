@@ -17,11 +17,11 @@ from edge_agent.round import data_seed
 from edge_agent.trainer import AdamW, Trainer, train_round
 from fedge.errors import ConfigError, DataError, NoInputError
 from fedge.messages import Training
-from firmware_sim import evaluation
-from firmware_sim.evaluation import PersonLoss, evaluate_people, pooled, spread
-from firmware_sim.local_training import LocalWork, Plan
-from firmware_sim.reference import _Channel, federated
-from firmware_sim.reference import pooled as pooled_reference
+from firmware_sim.processes import evaluation
+from firmware_sim.processes.evaluation import PersonLoss, evaluate_people, pooled, spread
+from firmware_sim.processes.local_training import LocalWork, Plan
+from firmware_sim.processes.reference import _Channel, federated
+from firmware_sim.processes.reference import pooled as pooled_reference
 
 TRAINING = Training(batch_rows=2, rate=0.02, data_seed=5, a_seed=b"a" * 16)
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "then", "the", "hen"]

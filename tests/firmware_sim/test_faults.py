@@ -13,8 +13,8 @@ from fedge import topics
 from fedge.errors import ConfigError, ProtocolError
 from fedge.identity import Verifier
 from fedge.messages import Announcement, HubState, Message, Open, decode_envelope, encode
-from firmware_sim import tampering
-from firmware_sim.faults import DAY, FAULTS, HUB, Faults, number_of, quiet_from
+from firmware_sim.faults import tampering
+from firmware_sim.faults.strikes import DAY, FAULTS, HUB, Faults, number_of, quiet_from
 from firmware_sim.world.streams import Stream
 
 

@@ -5,12 +5,12 @@ import pytest
 
 from fedge import formation
 from fedge.messages import Facts, Ready
-from firmware_sim import reach
-from firmware_sim.figures import Reached, at_the_end, first_below, of_lawless, of_world, settled_below
-from firmware_sim.lawless import LawlessRun
 from firmware_sim.parts.draw import draw
 from firmware_sim.scenario import Scenario
-from firmware_sim.study import study
+from firmware_sim.study import reach
+from firmware_sim.study.conditions import study
+from firmware_sim.study.figures import Reached, at_the_end, first_below, of_lawless, of_world, settled_below
+from firmware_sim.study.lawless import LawlessRun
 from firmware_sim.world.outcome import ClassFigures, Point, Rounds, WorldResult
 
 

@@ -20,8 +20,8 @@ from edge_agent.effects import AgentState
 from fedge.errors import InvariantBroken
 from fedge.messages import Receipt, decode, decode_envelope
 from fedge.secagg.bloc import BlocSum
-from firmware_sim.hub_rules import LEASE_SECONDS
-from firmware_sim.invariants import TRAIL_EVENTS, Invariants
+from firmware_sim.rules.hub_rules import LEASE_SECONDS
+from firmware_sim.rules.invariants import TRAIL_EVENTS, Invariants
 from hub import effects as hub_effects
 from hub.effects import BlocRow, CampaignRow, DeviceRow, RoundRow, Save
 

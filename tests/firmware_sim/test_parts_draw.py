@@ -13,7 +13,7 @@ from firmware_sim.parts.hours import DAY
 from firmware_sim.parts.link import LINKS, Link, constant, series_of
 from firmware_sim.parts.owner import ACTIONS, absence_seconds, actions, edited, policy_of
 from firmware_sim.scenario import Group, LinkKind, Owner, Power, Presence, Scenario
-from firmware_sim.traces import Traces
+from firmware_sim.traces.recorded import Traces
 from firmware_sim.world.streams import Stream
 
 FLEET = Scenario(

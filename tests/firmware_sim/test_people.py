@@ -8,7 +8,7 @@ import pytest
 
 from edge_agent.records import read_records
 from fedge.errors import DataError, NoInputError
-from firmware_sim.people import (
+from firmware_sim.processes.people import (
     HELDOUT_ROWS,
     VALIDATION_ROWS,
     PersonSplit,

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from fedge.errors import UsageError
-from firmware_sim.fleet import LocalFleet
-from firmware_sim.process_faults import (
+from firmware_sim.processes.fleet import LocalFleet
+from firmware_sim.processes.process_faults import (
     FAULTS,
     ProcessFaults,
     Strike,
@@ -21,7 +21,7 @@ from firmware_sim.process_faults import (
     needs_lines,
     parse_faults,
 )
-from firmware_sim.shaper import Line
+from firmware_sim.processes.shaper import Line
 from hub.effects import LedgerEntry
 
 DEVICES = [f"d{number}" for number in range(8)]

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 from run_result import run_values
 
-from firmware_sim.charts import dumbbells, loss_by_round, ticks
-from firmware_sim.report import page, print_table, write_report
-from firmware_sim.result import as_result
+from firmware_sim.pages.charts import dumbbells, loss_by_round, ticks
+from firmware_sim.processes.report import page, print_table, write_report
+from firmware_sim.processes.result import as_result
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 

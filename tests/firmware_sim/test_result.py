@@ -9,7 +9,7 @@ import pytest
 from run_result import run_values
 
 from fedge.errors import DataError, NoInputError
-from firmware_sim.result import (
+from firmware_sim.processes.result import (
     DIVERGED,
     as_result,
     change_text,

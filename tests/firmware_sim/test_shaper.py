@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from fedge.io.tls import client_tls
-from firmware_sim import shaper as shaping
-from firmware_sim.shaper import Line, Pacer, Shaper, chunk_bytes, effective_rate
+from firmware_sim.processes import shaper as shaping
+from firmware_sim.processes.shaper import Line, Pacer, Shaper, chunk_bytes, effective_rate
 from firmware_sim.world.streams import Stream
 from hub.authority import authority_folder, create_authority, own_identity
 

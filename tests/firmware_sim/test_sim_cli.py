@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedge.cli import main
-from firmware_sim import hub_rules
 from firmware_sim import simulate as simulating
+from firmware_sim.rules import hub_rules
 from firmware_sim.scenario import ready, ready_text
 from firmware_sim.world.outcome import read_world
 

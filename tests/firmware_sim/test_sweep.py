@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 from fedge.errors import ConfigError, DataError
-from firmware_sim.cases import Case, Verdict, case_of, read_case, write_case
+from firmware_sim.rules.cases import Case, Verdict, case_of, read_case, write_case
+from firmware_sim.rules.shrinking import shrink
+from firmware_sim.rules.sweep import JOURNAL, summary, sweep
 from firmware_sim.scenario import load_scenario
-from firmware_sim.shrinking import shrink
-from firmware_sim.sweep import JOURNAL, summary, sweep
 
 DEVICES, DAYS = 12, 0.02
 

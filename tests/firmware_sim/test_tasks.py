@@ -8,10 +8,10 @@ import pytest
 
 from fedge.errors import ConfigError, NoInputError
 from fedge.messages import Training
-from firmware_sim import tasks
-from firmware_sim.real_task import RealTask
-from firmware_sim.tasks import RARE, Mlp, drawn_samples, make_task
+from firmware_sim.world import tasks
+from firmware_sim.world.real_task import RealTask
 from firmware_sim.world.task import Task
+from firmware_sim.world.tasks import RARE, Mlp, drawn_samples, make_task
 
 
 def odd(number: int) -> bool:

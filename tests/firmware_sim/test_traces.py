@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from fedge.errors import DataError, NoInputError
-from firmware_sim import trace_checks, traces
-from firmware_sim.trace_flash import trainable
-from firmware_sim.traces import load
+from firmware_sim.traces import checks
+from firmware_sim.traces import recorded as traces
+from firmware_sim.traces.flash import trainable
+from firmware_sim.traces.recorded import load
 
 OURS = [
     {"period_s": 86_400, "sessions": [[10, 20], [20, 30], [40, 40], [50.5, 60]], "model": "any"},
@@ -224,12 +225,12 @@ def test_limits_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(traces, "FILES_MAX", 0)
     with pytest.raises(DataError, match="more than 0 files"):
         load(tmp_path)
-    monkeypatch.setattr("firmware_sim.trace_formats.FILE_BYTES_MAX", 10)
+    monkeypatch.setattr("firmware_sim.traces.formats.FILE_BYTES_MAX", 10)
     with pytest.raises(DataError, match="too large"):
         load(path)
     with pytest.raises(DataError, match="unpacks to too much"):
         load(write(tmp_path, "r.npz", packed(t=[0, 1], mbps=[1, 1])))
     monkeypatch.undo()
-    monkeypatch.setattr(trace_checks, "POINTS_MAX", 1)
+    monkeypatch.setattr(checks, "POINTS_MAX", 1)
     with pytest.raises(DataError, match="too many rows"):
         load(write(tmp_path, "a.csv", "device,start,end\nx,0,5\nx,7,9\n"))

@@ -10,14 +10,14 @@ import pytest
 from scipy import stats
 
 from fedge.errors import DataError
-from firmware_sim import distributions, fits
 from firmware_sim.parts import fitted
 from firmware_sim.parts.hours import DAY, HOUR
 from firmware_sim.parts.link import series_of
 from firmware_sim.parts.presence import Renewal, Sessions
 from firmware_sim.scenario import Presence
-from firmware_sim.trace_checks import HeatRun
-from firmware_sim.traces import Traces, load
+from firmware_sim.traces import distributions, fits
+from firmware_sim.traces.checks import HeatRun
+from firmware_sim.traces.recorded import Traces, load
 from firmware_sim.world.streams import Stream
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/traces"

@@ -13,8 +13,11 @@ from rich.console import Console
 from world_values import bare_result, violation, world_result
 
 from fedge.errors import DataError, NoInputError
-from firmware_sim import timelapse, world_charts
-from firmware_sim.timelapse import CLASSES, STATES, clusters, when_text
+from firmware_sim.pages import timelapse, world_charts
+from firmware_sim.pages.timelapse import CLASSES, STATES, clusters, when_text
+from firmware_sim.pages.world_charts import Line
+from firmware_sim.pages.world_report import print_world, world_page, write_world_report
+from firmware_sim.pages.world_words import celsius_text, energy_text, headline, hours_text, percent_text
 from firmware_sim.world.outcome import (
     Point,
     Strip,
@@ -24,9 +27,6 @@ from firmware_sim.world.outcome import (
     read_world,
     write_world,
 )
-from firmware_sim.world_charts import Line
-from firmware_sim.world_report import print_world, world_page, write_world_report
-from firmware_sim.world_words import celsius_text, energy_text, headline, hours_text, percent_text
 
 LABELS = {"pi5": "Pi 5"}
 

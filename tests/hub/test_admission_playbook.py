@@ -271,7 +271,6 @@ def test_a_bloc_whose_rounds_come_to_nothing_is_tried_ever_more_seldom() -> None
     assert fleet.kinds("opened") == []
 
 
-
 def test_an_open_is_repeated_ever_more_seldom_and_only_to_who_is_there() -> None:
     fleet = formed_and_held(5)
     said: Counter[str] = Counter()

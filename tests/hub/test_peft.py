@@ -21,7 +21,7 @@ from fedge.io.assets import pull
 from fedge.lora import AdapterLayout, LoraConfig
 from fedge.messages import Template
 from fedge.peft import CONFIG_FILE, TENSOR_FILE
-from firmware_sim.people import read_people
+from firmware_sim.processes.people import read_people
 from hub.peft import read_peft, write_peft
 
 SEED = bytes(range(16))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from firmware_sim.cases import case_of, judge, read_case, replay
-from firmware_sim.faults import FAULTS, Faults
+from firmware_sim.faults.strikes import FAULTS, Faults
+from firmware_sim.rules.cases import case_of, judge, read_case, replay
+from firmware_sim.rules.watching import WatchedWorld
 from firmware_sim.scenario import load_scenario
-from firmware_sim.watching import WatchedWorld
 from firmware_sim.world.world import World
 
 FOLDER = Path(__file__).parent

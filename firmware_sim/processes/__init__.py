@@ -1,0 +1,1 @@
+"""A fleet of real processes on this machine: hub, broker, agents, and what goes wrong with them."""

@@ -1,0 +1,1 @@
+"""Recorded presence, links and heat, and the models that were fitted to them."""
