@@ -25,6 +25,7 @@ from edge_agent.clock import Clock
 from edge_agent.downloads import Downloads
 from edge_agent.effects import Effect, Event
 from edge_agent.journal import Journal
+from edge_agent.pace import Pace, is_lacking
 from edge_agent.policy import load_policy
 from edge_agent.resources import measure, memory_is_bounded, memory_of, threads_allowed
 from edge_agent.round_files import Rounds
@@ -201,13 +202,36 @@ class Driver:
             self._surroundings.uplink.cut()
             self._tell(item.reason)
         elif isinstance(item, _WorkerSaid):
-            event = self._work.said(item.number, item.reply)
-            if event is not None:
-                self._handle(event)
+            self._worked(self._work.said(item.number, item.reply))
+        elif isinstance(item, effects.Fetched):
+            self._fetched(item)
         else:
             if isinstance(item, effects.Received) and item.topic == topics.receipts(self._identity.device):
                 self._surroundings.uplink.answered(time.monotonic())
             self._handle(item)
+
+    def _fetched(self, event: effects.Fetched) -> None:
+        """A bundle is timed before the machine hears of it, so that the first READY has the pace."""
+        agent = self._agent
+        if agent is None or not is_lacking(agent, event):
+            self._handle(event)
+        elif agent.allowed:  # otherwise the machine asks for the bundle again as soon as it may work
+            self._worked(self._work.gauge(agent.announcement))
+
+    def _worked(self, outcome: Event | Pace | None) -> None:
+        if not isinstance(outcome, Pace):
+            if outcome is not None:
+                self._handle(outcome)
+            return
+        here = effects.Fetched(outcome.manifest)
+        if self._agent is None or not is_lacking(self._agent, here):
+            return  # the machine follows another campaign by now
+        if outcome.reason:
+            self._tell(f"this device's pace is not known before its first round: {outcome.reason}")
+        self._surroundings.gauged(outcome.seconds)
+        self._write_stats()
+        self._look_around()
+        self._handle(here)
 
     def _fire_timers(self) -> None:
         now = time.monotonic()
@@ -221,9 +245,7 @@ class Driver:
         if now < self._look_at:
             return
         self._look_at = now + (_WORKING_SECONDS if self._work.pid else _STATS_SECONDS)
-        failed = self._work.keep_to(self._stats.look(self._work.pid))
-        if failed is not None:
-            self._handle(failed)
+        self._worked(self._work.keep_to(self._stats.look(self._work.pid)))
         self._work.tend()
         self._clock.keep()
         self._write_stats()
@@ -246,6 +268,7 @@ class Driver:
         )
         if found is not None:
             self._downloads.hold(not found.allowed)
+            self._work.hold_gauge(not found.allowed)
             self._handle(found)
 
     # ------------------------------------------------------------ the machine

@@ -24,12 +24,16 @@ _FLOAT: Final = 4
 _BYTES: Final = {"uint8": 1, "int8": 1, "float16": 2, "float32": 4}
 
 
-def worker_bytes(manifest: Manifest, training: Training) -> int:
-    """The predicted peak of resident memory of a worker that trains so, in bytes."""
+def worker_bytes(manifest: Manifest, training: Training, *, gauged: bool = False) -> int:
+    """The predicted peak of resident memory of a worker that trains so, in bytes.
+
+    One that has `gauged` already holds its sessions when it reads the data: both are there at once.
+    """
     reading = (
         manifest.files["tokenizer.json"].size * _TOKENIZER_RATIO if "tokenizer.json" in manifest.files else 0
     )
-    return int(_MARGIN * (RUNTIME_BYTES + max(reading, _step_bytes(manifest, training))))
+    step = _step_bytes(manifest, training)
+    return int(_MARGIN * (RUNTIME_BYTES + (reading + step if gauged else max(reading, step))))
 
 
 def _step_bytes(manifest: Manifest, training: Training) -> int:

@@ -38,25 +38,34 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 # ---------------------------------------------------------------- agent -> worker
-class Job(
+class BundleJob(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="command", tag=str.lower
 ):
-    """What every job over an adapter and a data file names. Hashes pin what is used; `threads` is the owner's cap.
+    """What every job over a bundle names. Hashes pin what is used; `threads` is the owner's cap.
 
     With `slot_count`, the job first waits for a training slot in the folder `slots` (`edge_agent.slots`).
     """
 
     bundle: str
-    adapter: str  # little-endian float32, in layout order
-    data: str
     training: Training
     manifest: bytes | None = None
     publisher: bytes | None = None
     verified: VerifiedStamp | None = None
-    adapter_sha256: bytes | None = None
     threads: int = 1
     slots: str = ""
     slot_count: int = 0
+
+
+class Job(BundleJob, frozen=True, kw_only=True):
+    """The same, over an adapter and a data file."""
+
+    adapter: str  # little-endian float32, in layout order
+    data: str
+    adapter_sha256: bytes | None = None
+
+
+class Gauge(BundleJob, frozen=True):
+    """Time a step of the campaign's shape, all layers, on made-up tokens. No data file and no adapter is touched."""
 
 
 class Train(Job, frozen=True):
@@ -143,6 +152,14 @@ class Evaluated(Answer, frozen=True):
     nll: list[float]
     row_labels: list[int]
     counts: Counts
+    verified: VerifiedStamp
+    memory: Memory
+
+
+class Gauged(Answer, frozen=True):
+    """`seconds` = wall time of one step, without the wait for a slot and without loading."""
+
+    seconds: float
     verified: VerifiedStamp
     memory: Memory
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import time
 from typing import Final
 
+import msgspec
+
 from edge_agent.board_state import Board
 from edge_agent.conditions import judge
 from edge_agent.effects import Conditions
 from edge_agent.home import Home
+from edge_agent.pace import coarse
 from edge_agent.policy import Policy
 from edge_agent.presence import History
 from edge_agent.stats import Figures
@@ -32,7 +35,7 @@ class Surroundings:
         self._history = History(home.presence)
         self._policy, self._figures = policy, figures
         self.uplink = Uplink(figures.upload_kbit)
-        self.facts = facts
+        self.facts = msgspec.structs.replace(facts, seconds_per_step=coarse(figures.seconds_per_step))
         self._told: Conditions | None = None
         self._look_at = 0.0
 
@@ -44,6 +47,12 @@ class Surroundings:
     def forget(self) -> None:
         """A new machine knows nothing yet: the next look is due, and told whatever it finds."""
         self._told, self._look_at = None, 0.0
+
+    def gauged(self, seconds: float) -> None:
+        """The pace of the bundle that has just come, 0 = not known; the next look is due, and tells it."""
+        self._figures.seconds_per_step = coarse(seconds)
+        self.facts = msgspec.structs.replace(self.facts, seconds_per_step=coarse(seconds))
+        self._look_at = 0.0
 
     def look(self, now: float, *, rounds_spent: int, busy: bool, worker_mb: int) -> Conditions | None:
         """The conditions at Unix time `now`, when a look is due and they are not those told before."""

@@ -10,7 +10,7 @@ import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_agent.jobs import Job, Train
+from edge_agent.jobs import BundleJob, Gauge, Job, Train
 from fedge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,19 +28,18 @@ class Warm:
 
     def open(self, job: Job) -> tuple[Bundle, Dataset, Trainer]:
         """What `job` works with. The bundle is verified for every job; rows are read before sessions are loaded."""
-        from edge_agent.bundle import open_bundle
-
-        bundle = open_bundle(
-            Path(job.bundle), publisher=job.publisher, sha256=job.manifest, verified=job.verified
-        )
+        bundle = _verified(job)
         return bundle, self._rows_of(bundle, job), self._trainer_of(bundle, job)
+
+    def open_trainer(self, job: BundleJob) -> tuple[Bundle, Trainer]:
+        """The same for a job that needs no data."""
+        bundle = _verified(job)
+        return bundle, self._trainer_of(bundle, job)
 
     def _rows_of(self, bundle: Bundle, job: Job) -> Dataset:
         from edge_agent.dataset import load_dataset, load_encoder
 
         path, window = Path(job.data), job.training.window_tokens
-        if window > bundle.manifest.positions_max:
-            raise ConfigError("window is longer than the model's", field="window_tokens", value=window)
         key = _look(path), job.training.template, window, bundle.stamp.manifest_sha256
         if self._dataset is not None and self._dataset[0] == key:
             return self._dataset[1]
@@ -56,7 +55,7 @@ class Warm:
         self._dataset = key, dataset
         return dataset
 
-    def _trainer_of(self, bundle: Bundle, job: Job) -> Trainer:
+    def _trainer_of(self, bundle: Bundle, job: BundleJob) -> Trainer:
         from edge_agent.trainer import Trainer
 
         key = bundle.stamp, job.threads  # the stamp has every file's inode and times: the same files
@@ -66,10 +65,22 @@ class Warm:
             return trainer
         self._trainer = None
         trainer = Trainer(bundle, job.threads, a_seed=job.training.a_seed)
-        if isinstance(job, Train):
+        if isinstance(job, Train | Gauge):
             trainer.reserve(job.training.batch_rows, job.training.window_tokens)
         self._trainer = key, trainer
         return trainer
+
+
+def _verified(job: BundleJob) -> Bundle:
+    from edge_agent.bundle import open_bundle
+
+    bundle = open_bundle(
+        Path(job.bundle), publisher=job.publisher, sha256=job.manifest, verified=job.verified
+    )
+    window = job.training.window_tokens
+    if window > bundle.manifest.positions_max:
+        raise ConfigError("window is longer than the model's", field="window_tokens", value=window)
+    return bundle
 
 
 def give_back_memory() -> None:

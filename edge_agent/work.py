@@ -1,4 +1,4 @@
-"""Training and sealing, as the driver sees them: effects become jobs of the worker, its replies become events.
+"""Training, sealing and gauging, as the driver sees them: effects become jobs of the worker, replies become events.
 
 At most one job is wanted at a time. A reply to a job that is no longer wanted is dropped.
 """
@@ -6,6 +6,7 @@ At most one job is wanted at a time. A reply to a job that is no longer wanted i
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -13,15 +14,20 @@ from edge_agent import effects, jobs
 from edge_agent.downloads import Downloads
 from edge_agent.effects import Event
 from edge_agent.foresight import worker_bytes
+from edge_agent.pace import Pace
 from edge_agent.resources import free_memory_mb, memory_of
 from edge_agent.round_files import Rounds
 from edge_agent.settings import Settings
 from edge_agent.stats import Stats
 from edge_agent.worker_process import Reply, WorkerProcess
 from fedge.errors import FedgeError, UnavailableError
+from fedge.messages import Announcement, Training
 from fedge.release import MANIFEST, SIGNATURE, open_manifest
 
 MEMORY: Final = "memory"  # the name by which a round is declined for want of it
+GAUGE_SECONDS_MAX: Final = 900.0  # with the wait for a slot; then the campaign goes on without a pace
+
+_Subject = bytes | Announcement  # what a job is for: a round, by its transcript, or the pace in a campaign
 
 
 class Work:
@@ -38,9 +44,12 @@ class Work:
     ) -> None:
         self._memory_mb_max = memory_mb_max
         self._settings, self._downloads, self._stats, self._threads = settings, downloads, stats, threads
+        self._slots = str(settings.slots.resolve()) if settings.slots else ""
+        self._slot_count = settings.slot_count if settings.slots else 0
         self._rounds = Rounds(settings.home)
         self._worker = WorkerProcess(on_reply, settings.linger_seconds)
-        self._job: tuple[int, bytes] | None = None
+        self._job: tuple[int, _Subject] | None = None
+        self._began = 0.0
         self._verified: jobs.VerifiedStamp | None = None
 
     @property
@@ -67,19 +76,47 @@ class Work:
         if self._job is not None and self._job[1] == transcript:
             self.stop()
 
-    def keep_to(self, used_mb: int) -> Event | None:
-        """End the worker and its job when agent and worker use more than the owner allows; the event that tells."""
-        if self._job is None or not 0 < self._memory_mb_max < used_mb:
+    def hold_gauge(self, held: bool) -> None:
+        """When held, a gauge under way is given up."""
+        if held and self._job is not None and isinstance(self._job[1], Announcement):
+            self.stop()
+
+    def keep_to(self, used_mb: int) -> Event | Pace | None:
+        """End the worker when agent and worker use more than the owner allows, or a gauge never ends; what tells."""
+        if self._job is None:
             return None
-        transcript = self._job[1]
-        self.stop()
-        return effects.WorkFailed(
-            transcript, f"{used_mb} MB are in use, the owner allows {self._memory_mb_max} MB", MEMORY
+        subject = self._job[1]
+        if 0 < self._memory_mb_max < used_mb:
+            self.stop()
+            reason = f"{used_mb} MB are in use, the owner allows {self._memory_mb_max} MB"
+            return _failure(subject, reason, MEMORY)
+        if isinstance(subject, Announcement) and time.monotonic() - self._began > GAUGE_SECONDS_MAX:
+            self.stop()
+            return _failure(subject, f"no step was done within {GAUGE_SECONDS_MAX:.0f} s")
+        return None
+
+    def gauge(self, announced: Announcement) -> Pace | None:
+        """Begin to time a step on the bundle of a campaign; a Pace when that is not possible. Once is enough."""
+        manifest, wanted = announced.manifest.sha256, self._job[1] if self._job is not None else b""
+        if isinstance(wanted, Announcement) and wanted.manifest == announced.manifest:
+            return None
+        job = jobs.Gauge(
+            bundle=str(self._downloads.bundle(manifest)),
+            training=announced.training,
+            manifest=manifest,
+            publisher=announced.publisher,
+            verified=self._verified,
+            threads=self._threads,
+            slots=self._slots,
+            slot_count=self._slot_count,
         )
+        reason = self._too_large(manifest, announced.publisher, announced.training)
+        reason = reason or self._submit(announced, job)
+        return Pace(manifest, reason=reason) if reason else None
 
     def train(self, effect: effects.Train) -> Event | None:
         """Begin to train; the event that it failed when there is no room for it, or no worker can be had."""
-        if reason := self._too_large(effect):
+        if reason := self._too_large(effect.manifest, effect.publisher, effect.training):
             return effects.WorkFailed(effect.transcript, reason, MEMORY)
         settings, home = self._settings, self._settings.home
         job = jobs.Train(
@@ -92,24 +129,24 @@ class Work:
             verified=self._verified,
             adapter_sha256=effect.adapter,
             threads=self._threads,
-            slots=str(settings.slots.resolve()) if settings.slots else "",
-            slot_count=settings.slot_count if settings.slots else 0,
+            slots=self._slots,
+            slot_count=self._slot_count,
             delta=str(home.delta(effect.transcript)),
             steps=effect.steps,
             data_seed=effect.data_seed,
             depth=effect.depth,
         )
-        return self._submit(effect.transcript, job)
+        return self._begin(effect.transcript, job)
 
-    def _too_large(self, effect: effects.Train) -> str:
+    def _too_large(self, sha256: bytes, publisher: bytes, training: Training, *, gauged: bool = False) -> str:
         """Why this board should not even begin; what cannot be read here is for the worker to tell."""
-        folder = self._downloads.bundle(effect.manifest)
+        folder = self._downloads.bundle(sha256)
         try:
             data, signature = (folder / MANIFEST).read_bytes(), (folder / SIGNATURE).read_bytes()
-            manifest = open_manifest(data, signature, publisher=effect.publisher, sha256=effect.manifest)
+            manifest = open_manifest(data, signature, publisher=publisher, sha256=sha256)
         except (OSError, FedgeError):
             return ""
-        need = worker_bytes(manifest, effect.training)
+        need = worker_bytes(manifest, training, gauged=gauged)
         with_agent = round((need + 1_024 * memory_of(os.getpid()).resident_kb) / 1e6)
         if 0 < self._memory_mb_max < with_agent:
             return f"a round would take about {with_agent} MB, the owner allows {self._memory_mb_max} MB"
@@ -137,24 +174,36 @@ class Work:
             samples=effect.samples,
             steps=effect.steps,
         )
-        return self._submit(effect.transcript, job)
+        return self._begin(effect.transcript, job)
 
-    def _submit(self, transcript: bytes, job: jobs.Train | jobs.Seal) -> Event | None:
+    def _begin(self, transcript: bytes, job: jobs.Train | jobs.Seal) -> Event | None:
+        reason = self._submit(transcript, job)
+        return effects.WorkFailed(transcript, reason) if reason else None
+
+    def _submit(self, subject: _Subject, job: jobs.BundleJob | jobs.Seal) -> str:
+        """Why no worker can be had, or nothing."""
+        if self.busy:
+            self.stop()  # whatever it was, something else is wanted now
         try:
-            self._job = self._worker.submit(job), transcript
+            self._job, self._began = (self._worker.submit(job), subject), time.monotonic()
         except UnavailableError as error:
-            return effects.WorkFailed(transcript, str(error))
-        return None
+            return str(error)
+        return ""
 
-    def said(self, number: int, reply: Reply) -> Event | None:
-        """What a reply means to the machine, if anything."""
+    def said(self, number: int, reply: Reply) -> Event | Pace | None:
+        """What a reply means to the machine, if anything; the Pace is the driver's."""
         if self._job is None or number != self._job[0]:
             return None
-        transcript = self._job[1]
+        subject = self._job[1]
         if isinstance(reply, jobs.Progress):
             self._stats.worker_said(reply.memory)
             return None
         self._job = None
+        if isinstance(reply, jobs.Failed):
+            return _failure(subject, f"{reply.what}. {reply.hint}".rstrip(". "))
+        if isinstance(subject, Announcement):
+            assert isinstance(reply, jobs.Gauged)
+            return self._gauged(subject, reply)
         if isinstance(reply, jobs.Trained):
             self._verified = reply.verified
             self._stats.worker_said(reply.memory)
@@ -162,9 +211,22 @@ class Work:
                 reply.loss_sum / max(reply.labels, 1), reply.seconds / max(reply.steps, 1)
             )
             return effects.Trained(
-                transcript, reply.loss_sum, reply.labels, reply.samples, reply.steps, reply.seconds
+                subject, reply.loss_sum, reply.labels, reply.samples, reply.steps, reply.seconds
             )
-        if isinstance(reply, jobs.Sealed):
-            return effects.Sealed(transcript, reply.digest, reply.size)
-        assert isinstance(reply, jobs.Failed), "the machine never asks for an evaluation"
-        return effects.WorkFailed(transcript, f"{reply.what}. {reply.hint}".rstrip(". "))
+        assert isinstance(reply, jobs.Sealed), "the machine never asks for an evaluation"
+        return effects.Sealed(subject, reply.digest, reply.size)
+
+    def _gauged(self, announced: Announcement, reply: jobs.Gauged) -> Pace:
+        """Its sessions stay warm for the first training, where there is room to read the data beside them."""
+        self._verified = reply.verified
+        self._stats.worker_said(reply.memory)
+        manifest = announced.manifest.sha256
+        if self._too_large(manifest, announced.publisher, announced.training, gauged=True):
+            self._worker.stop()
+        return Pace(manifest, reply.seconds)
+
+
+def _failure(subject: _Subject, reason: str, name: str = "work-failed") -> Event | Pace:
+    if isinstance(subject, Announcement):
+        return Pace(subject.manifest.sha256, reason=reason)
+    return effects.WorkFailed(subject, reason, name)

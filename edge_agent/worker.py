@@ -23,10 +23,12 @@ import msgspec
 
 from edge_agent.jobs import (
     Answer,
+    BundleJob,
     Evaluate,
     Evaluated,
     Failed,
-    Job,
+    Gauge,
+    Gauged,
     Memory,
     Progress,
     Seal,
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
 Emit = Callable[[Answer], None]
 J = TypeVar("J", bound=msgspec.Struct)
-W = TypeVar("W", bound=Job)
+W = TypeVar("W", bound=BundleJob)
 _warm: Final = Warm()  # of this process: its jobs are about one bundle and one file
 
 
@@ -134,6 +136,15 @@ def evaluate(job: Evaluate, emit: Emit) -> Evaluated:
     )
 
 
+def gauge(job: Gauge, emit: Emit) -> Gauged:
+    """Carry out a Gauge job."""
+    bundle, trainer = _warm.open_trainer(job)
+    from edge_agent.gauge import step_seconds
+
+    seconds = step_seconds(trainer, job.training, bundle.manifest.vocabulary)
+    return Gauged(seconds=seconds, verified=bundle.stamp, memory=memory_used())
+
+
 def seal(job: Seal, emit: Emit) -> Sealed:
     """Carry out a Seal job."""
     from edge_agent import sealing
@@ -167,6 +178,7 @@ def command(kind: type[J], run: Callable[[J, Emit], Answer]) -> Callable[[bytes,
 COMMANDS: Final[dict[str, Callable[[bytes, Emit], Answer]]] = {
     "train": command(Train, in_slot(train)),
     "evaluate": command(Evaluate, in_slot(evaluate)),
+    "gauge": command(Gauge, in_slot(gauge)),
     "seal": command(Seal, seal),
 }
 

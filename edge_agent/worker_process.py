@@ -19,10 +19,10 @@ from typing import Final
 
 import msgspec
 
-from edge_agent.jobs import Evaluated, Failed, Job, Progress, Seal, Sealed, Trained
+from edge_agent.jobs import BundleJob, Evaluated, Failed, Gauged, Progress, Seal, Sealed, Trained
 from fedge.errors import UnavailableError
 
-Reply = Progress | Trained | Evaluated | Sealed | Failed
+Reply = Progress | Trained | Evaluated | Gauged | Sealed | Failed
 OnReply = Callable[[int, Reply], None]
 
 _decoder: Final = msgspec.json.Decoder(Reply)
@@ -43,7 +43,7 @@ class WorkerProcess:
         """The child's process number, 0 when there is none."""
         return self._child.pid if self._child is not None and self._child.poll() is None else 0
 
-    def submit(self, job: Job | Seal) -> int:
+    def submit(self, job: BundleJob | Seal) -> int:
         """Give the worker a job, starting it when needed. Raises UnavailableError when no process can be started."""
         if not self.pid:
             self._child = self._start()

@@ -20,15 +20,20 @@ import pytest
 from desk import MOSQUITTO, Broker, Client, Desk, eventually
 
 from edge_agent import driver as driving
-from edge_agent import surroundings
+from edge_agent import effects, surroundings
+from edge_agent import work as working
 from edge_agent.board_state import Board
 from edge_agent.conditions import Reading
 from edge_agent.driver import Driver
 from edge_agent.home import Home
 from edge_agent.journal import Journal
+from edge_agent.pace import Pace
 from edge_agent.settings import Settings
+from edge_agent.slots import slot
 from edge_agent.stats import Figures
 from edge_agent.status import lines, look
+from edge_agent.work import Work
+from edge_agent.worker_process import Reply
 from fedge import __version__, topics
 from fedge.identity import Signer, Verifier
 from fedge.io import durable
@@ -214,8 +219,8 @@ def test_a_missing_data_file_is_one_line_and_its_exit_code(scene: Scene) -> None
 
 # ---------------------------------------------------------------- in this process, to break the world under it
 @contextlib.contextmanager
-def driven(scene: Scene) -> Iterator[Driver]:
-    driver = Driver(Settings(home=scene.home, data=scene.data))
+def driven(scene: Scene, slots: Path | None = None) -> Iterator[Driver]:
+    driver = Driver(Settings(home=scene.home, data=scene.data, slots=slots, slot_count=1))
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -281,6 +286,91 @@ def test_the_owners_policy_and_the_board_decide_what_is_done_and_said(
             pass
         assert (empty.stay_seconds, empty.prekey, empty.facts.charge_quarter) == (0, ready.prekey, 0)
         assert empty.counter > ready.counter
+
+
+def gauge_with(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
+    """The real worker gauges; the time that it found is replaced by `seconds`. What it found, in order."""
+    found: list[float] = []
+    said = Work.said
+
+    def told(work: Work, number: int, reply: Reply) -> effects.Event | Pace | None:
+        outcome = said(work, number, reply)
+        if isinstance(outcome, Pace) and not outcome.reason:
+            found.append(outcome.seconds)
+            return Pace(outcome.manifest, seconds)
+        return outcome
+
+    monkeypatch.setattr(Work, "said", told)
+    return found
+
+
+def test_the_first_ready_has_the_pace_and_a_restart_keeps_it(
+    scene: Scene, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = gauge_with(monkeypatch, 12.345)
+    with serving(scene.desk, tiny_bundle) as (url, _):
+        with driven(scene):
+            scene.announce(tiny_bundle, url)
+            first = scene.ready()
+        assert (first.counter, first.facts.seconds_per_step) == (1, 12.0)
+        assert [0 < seconds < 60 for seconds in found] == [True]
+        with driven(scene):
+            again = scene.ready()
+        assert (again.prekey, again.facts.seconds_per_step, len(found)) == (first.prekey, 12.0, 1)
+
+
+def test_a_pace_that_a_round_has_measured_is_not_gauged_again(
+    scene: Scene, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = gauge_with(monkeypatch, 12.345)
+    Journal(scene.home.state).save(effects.AgentState(seconds_per_step=3.4))
+    with serving(scene.desk, tiny_bundle) as (url, _), driven(scene):
+        scene.announce(tiny_bundle, url)
+        assert scene.ready().facts.seconds_per_step == 3.4
+    assert found == []
+
+
+def test_a_gauge_that_fails_is_a_line_and_the_campaign_goes_on(
+    scene: Scene, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(working, "free_memory_mb", lambda: 50)
+    with serving(scene.desk, tiny_bundle) as (url, _), driven(scene):
+        scene.announce(tiny_bundle, url)
+        ready = scene.ready()
+    assert (ready.counter, ready.facts.seconds_per_step) == (1, 0.0)
+    told = capsys.readouterr().err
+    assert told.count("this device's pace is not known before its first round: a round would take about") == 1
+
+
+def test_nothing_is_gauged_while_the_owner_does_not_allow_it(
+    scene: Scene, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Charged, the gauge begins and waits for its slot; on an empty battery it is given up; charged, done again."""
+    monkeypatch.setattr(driving, "_STATS_SECONDS", 0.05)
+    monkeypatch.setattr(driving, "_WORKING_SECONDS", 0.05)
+    monkeypatch.setattr(surroundings, "LOOK_SECONDS", 0.05)
+    found, charge = gauge_with(monkeypatch, 12.345), [0.9]
+    monkeypatch.setattr(Board, "read", lambda *_, **__: Reading("battery", charge[0], up_seconds=9_000.0))
+    begun: list[Announcement] = []
+    gauge = Work.gauge
+    monkeypatch.setattr(Work, "gauge", lambda work, said: begun.append(said) or gauge(work, said))
+    slots = scene.home.folder / "slots"
+    with serving(scene.desk, tiny_bundle) as (url, _), driven(scene, slots) as driver:
+        with slot(slots, 1):
+            scene.announce(tiny_bundle, url)
+            eventually(lambda: driver._work.busy)
+            charge[0] = 0.1
+            eventually(lambda: not driver._work.busy)
+        manifest = hashlib.sha256((tiny_bundle / MANIFEST).read_bytes()).digest()
+        driver._inbox.put(effects.Fetched(manifest))  # one that was on its way
+        driver._inbox.put(effects.TimerFired("none"))
+        eventually(driver._inbox.empty)
+        assert Journal(scene.home.state).load().bundle == b""
+        assert (len(begun), found) == (1, [])
+        charge[0] = 0.9
+        ready = scene.ready()
+        assert (ready.counter, ready.facts.seconds_per_step) == (1, 12.0)
+    assert (len(begun), len(found)) == (2, 1)
 
 
 def test_before_the_clock_is_set_nothing_is_done_or_used_up(

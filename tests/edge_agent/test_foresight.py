@@ -82,6 +82,12 @@ def test_a_large_tokenizer_is_counted(manifest: Manifest) -> None:
     assert worker_bytes(msgspec.structs.replace(manifest, files=files), Training()) > RUNTIME_BYTES + 400e6
 
 
+def test_sessions_that_are_there_before_the_tokenizer_are_counted_with_it(manifest: Manifest) -> None:
+    found, training = smollm2(manifest), Training()
+    more = worker_bytes(found, training, gauged=True) - worker_bytes(found, training)
+    assert 30e6 < more < 60e6
+
+
 # ---------------------------------------------------------------- what is refused
 class Bench:
     def __init__(self, folder: Path, bundle: Path, manifest: Manifest, memory_mb_max: int) -> None:

@@ -16,13 +16,24 @@ import pytest
 
 from edge_agent.bundle import open_bundle
 from edge_agent.dataset import batches, load_dataset, load_encoder
-from edge_agent.jobs import Evaluate, Evaluated, Failed, Job, Progress, Sealed, Train, Trained
+from edge_agent.jobs import (
+    BundleJob,
+    Evaluate,
+    Evaluated,
+    Failed,
+    Gauge,
+    Gauged,
+    Progress,
+    Sealed,
+    Train,
+    Trained,
+)
 from edge_agent.trainer import Trainer, train_round
 from edge_agent.worker import COMMANDS
 from fedge.messages import Training
 
 TRAINING = Training(batch_rows=2, window_tokens=60, a_seed=bytes(range(16)))
-Answers = Progress | Trained | Evaluated | Sealed | Failed
+Answers = Progress | Trained | Evaluated | Gauged | Sealed | Failed
 
 
 @pytest.fixture
@@ -59,7 +70,7 @@ def start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def ask(*lines: Job | bytes) -> list[Answers]:
+def ask(*lines: BundleJob | bytes) -> list[Answers]:
     """All answers of one worker to these lines."""
     text = b"".join(
         (line if isinstance(line, bytes) else msgspec.json.encode(line)) + b"\n" for line in lines
@@ -179,6 +190,45 @@ def test_evaluation_answers_for_every_row_in_the_order_of_the_file(job: Train) -
     assert isinstance(other, Evaluated)
     assert other.row_labels == last.row_labels[::-1]
     assert other.nll == pytest.approx(last.nll[::-1], rel=1e-5)
+
+
+# ---------------------------------------------------------------- gauging
+def gauge_of(job: Train, **fields: object) -> Gauge:
+    return msgspec.structs.replace(Gauge(bundle=job.bundle, training=TRAINING), **fields)
+
+
+def test_a_gauge_times_a_step_and_leaves_the_next_training_as_it_is(job: Train, tmp_path: Path) -> None:
+    gauged, *_, trained = ask(gauge_of(job), job)
+    assert isinstance(gauged, Gauged)
+    assert isinstance(trained, Trained)
+    assert 0 < gauged.seconds < 60
+    assert gauged.memory.peak > 0
+    assert gauged.verified == trained.verified
+    after_gauge = np.fromfile(job.delta, "<f4")
+    ask(job)
+    np.testing.assert_array_equal(after_gauge, np.fromfile(job.delta, "<f4"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "field"),
+    [
+        ({"manifest": bytes(32)}, "IntegrityError", "sha256"),
+        ({"publisher": bytes(32)}, "IntegrityError", "publisher"),
+        ({"bundle": "/nowhere"}, "NoInputError", "folder"),
+        ({"threads": 0}, "ConfigError", "threads"),
+        (
+            {"training": msgspec.structs.replace(TRAINING, window_tokens=4_096)},
+            "ConfigError",
+            "window_tokens",
+        ),
+    ],
+)
+def test_what_cannot_be_gauged_is_answered_by_name(
+    job: Train, fields: dict[str, object], error: str, field: str
+) -> None:
+    last = ask(gauge_of(job, **fields))[-1]
+    assert isinstance(last, Failed)
+    assert (last.error, last.field) == (error, field)
 
 
 # ---------------------------------------------------------------- the process

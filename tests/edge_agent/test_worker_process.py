@@ -17,16 +17,17 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from desk import eventually
 
-from edge_agent import effects, jobs
+from edge_agent import effects, jobs, work
 from edge_agent.downloads import Downloads
 from edge_agent.home import Home
+from edge_agent.pace import Pace
 from edge_agent.settings import Settings
 from edge_agent.slots import slot
 from edge_agent.stats import Stats
 from edge_agent.work import Work
 from edge_agent.worker_process import Reply, WorkerProcess
-from fedge.lora import AdapterLayout
-from fedge.messages import Training
+from fedge.lora import AdapterLayout, LoraConfig
+from fedge.messages import Announcement, BlobRef, Training
 from fedge.release import open_manifest
 from fedge.secagg.masks import Member
 from fedge.update.report import build_report
@@ -290,6 +291,65 @@ def test_a_workers_failure_is_an_event_with_its_words(tmp_path: Path) -> None:
     assert event.transcript == ROUND
     assert "bundle is not here" in event.reason
     desk.work.stop()
+
+
+def announced(manifest: bytes, publisher: bytes = bytes(32)) -> Announcement:
+    return Announcement(
+        campaign="c1",
+        hub="hub",
+        sequence=1,
+        closed=False,
+        url="https://hub",
+        manifest=BlobRef(manifest, 100),
+        manifest_signature=bytes(64),
+        publisher=publisher,
+        lora=LoraConfig(),
+        training=Training(),
+        adapter=BlobRef(bytes(32), 4),
+        adapter_version=0,
+    )
+
+
+def test_a_gauge_waits_for_its_slot_is_begun_once_and_gives_way(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    with slot(tmp_path / "slots", 1):
+        assert desk.work.gauge(announced(ROUND)) is None
+        worker = desk.work.pid
+        eventually(lambda: any("slot-0" in name for name in _open_files(Path(f"/proc/{worker}"))))
+        assert desk.work.gauge(announced(ROUND)) is None
+        assert desk.work.pid == worker
+        desk.work.stop_for(ROUND)
+        desk.work.hold_gauge(False)
+        assert desk.work.busy
+        assert desk.replies.empty()
+        assert desk.work.gauge(announced(bytes(32))) is None, "another campaign"
+        assert desk.work.pid not in (0, worker)
+        desk.work.hold_gauge(True)
+        assert (desk.work.busy, desk.work.pid) == (False, 0)
+        desk.work.train(train(ROUND))
+        desk.work.hold_gauge(True)
+        assert desk.work.busy, "it does not gauge"
+        desk.work.stop()
+
+
+def test_a_gauge_that_fails_outgrows_its_bound_or_never_ends_has_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path, memory_mb_max=300)
+    desk.work.gauge(announced(ROUND))
+    failed = desk.work.said(*desk.replies.get(timeout=60))
+    assert isinstance(failed, Pace)
+    assert (failed.manifest, failed.seconds, "bundle is not here" in failed.reason) == (ROUND, 0.0, True)
+    with slot(tmp_path / "slots", 1):
+        desk.work.gauge(announced(ROUND))
+        reason = "301 MB are in use, the owner allows 300 MB"
+        assert desk.work.keep_to(301) == Pace(ROUND, reason=reason)
+        assert (desk.work.busy, desk.work.pid) == (False, 0)
+        desk.work.gauge(announced(ROUND))
+        assert desk.work.keep_to(300) is None
+        monkeypatch.setattr(work, "GAUGE_SECONDS_MAX", -1.0)
+        assert desk.work.keep_to(300) == Pace(ROUND, reason="no step was done within -1 s")
+        assert (desk.work.busy, desk.work.pid) == (False, 0)
 
 
 def test_a_reply_to_an_earlier_job_is_not_taken_for_one_to_this(tmp_path: Path) -> None:
