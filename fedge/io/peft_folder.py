@@ -1,0 +1,83 @@
+"""PEFT adapter folders, written and read: `adapter_config.json` and `adapter_model.safetensors`.
+
+The rule: a reader sees a whole folder or none of it, what we export computes in stock PEFT what we evaluated, and
+an element type is a property of each tensor in the file, never of our expectation. Exports are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedge.errors import DataError, NoInputError, UnsupportedError
+from fedge.io import durable
+from fedge.io.safetensors_file import encode_tensors, read_tensors, widened
+from fedge.lora import AdapterLayout, LoraConfig
+from fedge.peft import CONFIG_FILE, TENSOR_FILE, lora_config, match_names, peft_config, peft_name
+
+Floats = NDArray[np.float32]
+TENSOR_FILE_BYTES_MAX: Final = 512 * 1024**2  # twice the largest adapter in float32, and room
+
+
+@dataclass(frozen=True, slots=True)
+class PeftAdapter:
+    """An adapter that was read: `tensors` has every `L{i}/{module}.A` and `.B` as float32."""
+
+    config: LoraConfig
+    base_model_name: str
+    tensors: dict[str, Floats]
+    notices: tuple[str, ...]
+
+
+def write_peft(
+    folder: Path,
+    layout: AdapterLayout,
+    config: LoraConfig,
+    a_seed: bytes,
+    b_vector: Floats,
+    base_model_name: str,
+) -> None:
+    """Write the adapter so that `peft.PeftModel.from_pretrained` loads it. Raises StorageError, DataError."""
+    tensors = {**layout.frozen(a_seed), **layout.split(b_vector)}
+    named = {peft_name(name): tensor for name, tensor in tensors.items()}
+    fields = peft_config(config, base_model_name)
+    durable.make_folder(folder)
+    durable.write_bytes(folder / TENSOR_FILE, encode_tensors(named))
+    durable.write_bytes(folder / CONFIG_FILE, msgspec.json.format(msgspec.json.encode(fields), indent=2))
+
+
+def read_peft(folder: Path, layout: AdapterLayout) -> PeftAdapter:
+    """Read a PEFT folder into the slots of `layout`, all of them.
+
+    Raises NoInputError, DataError naming file and tensor, UnsupportedError naming the config field or the type.
+    """
+    fields = read_config(folder / CONFIG_FILE)
+    config, notices = lora_config(fields)
+    if config.r != layout.r:
+        raise UnsupportedError("adapter has another rank than the bundle", field="r", value=config.r)
+    path = folder / TENSOR_FILE
+    raw = read_tensors(path, bytes_max=TENSOR_FILE_BYTES_MAX)
+    match = match_names(raw, layout)
+    tensors = {ours: widened(path, name, raw[name]) for name, ours in match.ours.items()}
+    for name, shape in {**layout.a_shapes, **layout.b_shapes}.items():
+        if tensors[name].shape != shape:
+            raise DataError(f"{path}: tensor has another shape", field=name, value=tensors[name].shape)
+    if not any(tensors[name].any() for name in layout.b_shapes):
+        notices += ("every B is zero: the adapter has no effect yet",)
+    base = fields.get("base_model_name_or_path")
+    return PeftAdapter(config, base if isinstance(base, str) else "", tensors, notices + match.notices)
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """The fields of an `adapter_config.json`. Raises NoInputError, DataError."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, object])
+    except FileNotFoundError as error:
+        raise NoInputError("adapter config does not exist", field="path", value=str(path)) from error
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{path} cannot be read: {error}", field=CONFIG_FILE) from error
