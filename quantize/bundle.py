@@ -35,13 +35,14 @@ from fedge.release import (
 )
 from quantize import gates
 from quantize.blocks import adapted_modules, check_layers
+from quantize.choice import choose, is_exact
 from quantize.decode import inference_graph
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import operators
 from quantize.joint import AUX
 from quantize.source import Source, file_digest, load
 from quantize.training import head_dim, training_graphs
-from quantize.weights import Progress, choose_format, is_exact, quantise, write_weights
+from quantize.weights import Progress, quantise, write_weights
 
 # 1.22.1 has no GatherBlockQuantized over uint8; 1.23.2, 1.24.1 and 1.32.0 give the same digits.
 RUNTIME_MIN: Final = "1.23.2"
@@ -72,7 +73,7 @@ def quantize(
     tell("read", 0.0)
     loaded = load(source)
     check_layers(loaded.model)
-    fmt = choose_format(loaded, weights_format)
+    fmt = choose(loaded, weights_format).format
     shapes = adapted_modules(loaded.model, lora)
     tell("read", 1.0)
     with torch.random.fork_rng(), _staging(out) as folder:

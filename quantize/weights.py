@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedge.errors import DataError, UnsupportedError
+from fedge.errors import DataError
 from fedge.release import TensorPlace
 from quantize.blocks import layers_of, linears_of
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat, decode, encode
@@ -27,23 +27,6 @@ Progress = Callable[[str, float], None]
 
 _PAGE: Final = 4096
 _LINE: Final = 64
-
-
-def choose_format(source: Source, requested: str | None) -> WeightFormat:
-    """The format of the blocks: what was asked for; else int4d when the source is on its grid, else int8g."""
-    if requested is not None:
-        if requested not in FORMATS:
-            raise UnsupportedError(
-                "no such weight format", field="format", value=requested, hint=f"Known: {', '.join(FORMATS)}"
-            )
-        return FORMATS[requested]
-    return FORMATS["int4d" if is_exact(source, "int4d") else "int8g"]
-
-
-def is_exact(source: Source, format_name: str) -> bool:
-    """Whether every matrix of the blocks came from the source on this format's grid."""
-    found = [source.exact.get(f"{name}.weight") for name in _matrix_names(source.model)]
-    return all(entry is not None and entry[0] == format_name for entry in found)
 
 
 def quantise(source: Source, fmt: WeightFormat, tell: Progress) -> dict[str, npt.NDArray]:
@@ -109,8 +92,3 @@ def _floats(parameter: Any, name: str) -> npt.NDArray[np.float32]:
     if not np.isfinite(values).all():
         raise DataError("the model has weights that are no numbers", field="tensor", value=name)
     return values
-
-
-def _matrix_names(model: Any) -> Iterator[str]:
-    for index, layer in enumerate(layers_of(model)):
-        yield from (f"model.layers.{index}.{name}" for name in linears_of(layer))

@@ -19,10 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedge.errors import ConfigError, DataError, NoInputError, UnsupportedError
 from fedge.lora import LoraConfig
 from quantize.blocks import adapted_modules, check_layers
+from quantize.choice import choose
 from quantize.formats import FORMATS, decode
 from quantize.source import load
 from quantize.supported import ARCHITECTURES, check_config
-from quantize.weights import choose_format, quantise
+from quantize.weights import quantise
 
 Q = gguf.GGMLQuantizationType
 GGUF_NAMES = {
@@ -101,7 +102,7 @@ def llama() -> Any:
 )
 def test_a_gguf_comes_over_exactly(kind: Any, name: str, llama: Any, tmp_path: Path) -> None:
     source = load(str(write_gguf(tmp_path / "tiny.gguf", llama, kind)))
-    assert choose_format(source, None).name == name
+    assert choose(source, None).format.name == name
     for parameter in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"):
         weight = llama.model.layers[1].get_submodule(parameter).weight.detach().numpy()
         expected = gguf.dequantize(gguf.quantize(weight, kind), kind)  # rows do not change their quantisation
@@ -120,7 +121,7 @@ def test_a_gguf_computes_what_the_model_computes(llama: Any, tmp_path: Path) -> 
     twin, ids = copy.deepcopy(llama), torch.arange(1, 30)[None]
     twin.get_input_embeddings().weight.data = source.model.get_input_embeddings().weight.data  # Q8_0
     assert (source.model(ids).logits - twin(ids).logits).abs().max() < 1e-5
-    assert choose_format(source, None).name == "int8g"
+    assert choose(source, None).format.name == "int8g"
     assert (source.eos_id, source.pad_id, source.architecture) == (0, 0, "LlamaForCausalLM")
     assert not list(tmp_path.glob("*.part"))
 
