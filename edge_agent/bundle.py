@@ -24,6 +24,7 @@ from fedge.limits import MANIFEST_BYTES_MAX
 from fedge.lora import AdapterLayout
 from fedge.release import (
     MANIFEST,
+    OPERATORS_ALLOWED,
     SIGNATURE,
     TOKENIZER,
     WEIGHTS,
@@ -36,20 +37,6 @@ from fedge.release import (
 TRAINING_GRAPHS: Final = ("prologue", "block_fwd", "block_bwd", "norm_fwd", "norm_bwd", "rows", "ce")
 DTYPES: Final = frozenset({"uint8", "int8", "float16", "float32", "int32", "int64"})
 _ALIGNMENT: Final = 64
-# Stock operators that compute from their inputs alone: no files, no custom libraries, no nested model formats.
-OPERATORS: Final = frozenset(
-    str.split(
-        """
-        Abs Add And BitShift BitwiseAnd Cast Concat Constant ConstantOfShape Cos DequantizeLinear Div Equal Erf Exp
-        Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN
-        LayerNormalization Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow QuantizeLinear Range Reciprocal
-        ReduceMax ReduceMean ReduceSum Relu Reshape ScatterND Shape Sigmoid Sign Sin Slice Softmax Split Sqrt Squeeze
-        Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where
-        com.microsoft:DynamicQuantizeMatMul com.microsoft:FastGelu com.microsoft:GatherBlockQuantized
-        com.microsoft:Gelu com.microsoft:MatMulBnb4 com.microsoft:MatMulNBits com.microsoft:QuickGelu
-        """
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +108,7 @@ def open_bundle(
     manifest = open_manifest(data, _read_small(folder / SIGNATURE, 64), publisher=publisher, sha256=sha256)
     digest = hashlib.sha256(data).digest()
     for operator in manifest.operators:
-        if operator not in OPERATORS:
+        if operator not in OPERATORS_ALLOWED:
             raise UnsupportedError("operator is not allowed on a device", field="operators", value=operator)
     looks = {name: _look(folder / name, entry) for name, entry in manifest.files.items()}
     stamp = VerifiedStamp(digest, looks)

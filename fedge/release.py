@@ -23,16 +23,27 @@ MANIFEST: Final = "manifest.json"
 SIGNATURE: Final = "manifest.sig"
 WEIGHTS: Final = "weights.bin"
 TOKENIZER: Final = "tokenizer.json"
-FORMAT: Final = 1
+FORMAT: Final = 2
+TASKS: Final = ("generate", "classify", "embed", "classify-audio")
 _DOMAIN: Final = b"fedge bundle manifest v1\x00"
 
-# Everything a bundle's graphs may be made of: arithmetic on tensors. No loops, no branches, nothing that reads files.
-OPERATORS_ALLOWED: Final = frozenset({
-    "Add", "And", "Cast", "Concat", "ConstantOfShape", "Cos", "Div", "Equal", "Exp", "Expand", "Gather", "Gemm",
-    "Greater", "Identity", "LessOrEqual", "MatMul", "Max", "Mul", "Neg", "Pow", "Range", "Reciprocal", "ReduceMax",
-    "ReduceMean", "ReduceSum", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub",
-    "Transpose", "Unsqueeze", "Where", "com.microsoft:GatherBlockQuantized", "com.microsoft:MatMulNBits",
-})  # fmt: skip
+# Everything a bundle's graphs may be made of: stock operators that compute from their inputs alone. No loops, no
+# branches, nothing that reads files, no custom libraries, no nested model formats.
+OPERATORS_ALLOWED: Final = frozenset(
+    str.split(
+        """
+        Abs Add And BitShift BitwiseAnd Cast Clip Concat Constant ConstantOfShape Conv Cos CumSum DequantizeLinear Div
+        Equal Erf Exp Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN
+        LayerNormalization Less LessOrEqual Log MatMul MatMulInteger Max Min Mul Neg Not Or Pow QuantizeLinear Range
+        Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape ScatterElements ScatterND Shape Sigmoid Sign Sin Slice
+        Softmax Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where
+        com.microsoft:DynamicQuantizeMatMul com.microsoft:FastGelu com.microsoft:GatherBlockQuantized
+        com.microsoft:Gelu com.microsoft:GroupQueryAttention com.microsoft:MatMulBnb4 com.microsoft:MatMulNBits
+        com.microsoft:QuickGelu com.microsoft:RotaryEmbedding com.microsoft:SkipLayerNormalization
+        com.microsoft:SkipSimplifiedLayerNormalization SimplifiedLayerNormalization
+        """
+    )
+)
 
 
 class TensorPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,6 +91,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: dict[str, FileEntry]
     gates: dict[str, float]
     publisher: str  # Ed25519 public key, hexadecimal
+    task: str = "generate"  # what it is for: one of TASKS
+    layer_kinds: tuple[str, ...] = ()  # per layer: block input n is aux "n@kind" where there is one; () = all alike
+    logit_cap: float = 0.0  # c of the soft-cap c tanh(z / c) on logits; 0 = none
+    classes: tuple[str, ...] = ()  # label names of a classifier, by index
+    dense: dict[str, tuple[int, ...]] = {}  # trained in full beside the adapter; starts at tensor "dense/NAME"
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -127,11 +143,15 @@ def open_manifest(
         raise IntegrityError(
             "manifest signature is wrong", field=SIGNATURE, value=signature[:8].hex()
         ) from error
-    _check_names(manifest)
+    _check(manifest)
     return manifest
 
 
-def _check_names(manifest: Manifest) -> None:
+def _check(manifest: Manifest) -> None:
+    if manifest.task not in TASKS:
+        raise UnsupportedError("task of the bundle is not known here", field="task", value=manifest.task)
+    if manifest.layer_kinds and len(manifest.layer_kinds) != manifest.layers:
+        raise IntegrityError("a kind for every layer, or none", field="layer_kinds", value=manifest.layer_kinds)
     for name, entry in manifest.files.items():
         if "/" in name or name.startswith(".") or name in (MANIFEST, SIGNATURE):
             raise IntegrityError("file name is not allowed in a bundle", field="files", value=name)
