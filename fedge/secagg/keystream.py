@@ -43,9 +43,13 @@ class Keystream:
         else:
             self._encryptor = ciphers.Cipher(algorithms.ChaCha20(key, start), mode=None).encryptor()
 
-    def fill(self, buffer: bytearray, count: int) -> None:
-        """The next `count` bytes, at most PIECE_BYTES, at the front of `buffer`, which has SPARE_BYTES more."""
+    def read(self, buffer: bytearray, count: int) -> bytes | bytearray | memoryview:
+        """An object that begins with the next `count` bytes, at most PIECE_BYTES, good until `buffer` is used again.
+
+        `buffer` has SPARE_BYTES more, and is where they are put unless they lie somewhere already.
+        """
         self._encryptor.update_into(_ZEROS[:count], buffer)
+        return buffer
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes as a new object."""

@@ -66,9 +66,9 @@ def mask_in_place(words: Words, metadata: MetadataWords, edges: Sequence[Edge]) 
         numbers = PIECE_BYTES // target.itemsize
         for start in range(0, target.size, numbers):
             piece = target[start : start + numbers]
+            kind, count, size = target.dtype, piece.size, piece.nbytes
             for edge in edges:  # inside: the piece stays in cache while all streams pass over it
-                edge.stream.fill(buffer, piece.nbytes)
-                noise = np.frombuffer(buffer, target.dtype, piece.size)
+                noise = np.frombuffer(edge.stream.read(buffer, size), kind, count)
                 (np.add if edge.adds else np.subtract)(piece, noise, out=piece)
 
 

@@ -8,6 +8,7 @@ million numbers where a butterfly in numpy takes 50.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -19,6 +20,9 @@ Vector = npt.NDArray[np.float32]
 BLOCK: Final = 1_024
 _SIDE: Final = 32
 _SIGNS_START: Final = b"fedge signs v1\0\0"
+# Signs of so few numbers are kept: to set the cipher up takes ten times as long as they do, and a hub and a simulated
+# bloc ask for them once for each member.
+_KEPT_NUMBERS_MAX: Final = 16_384
 
 
 def padded_length(numbers: int) -> int:
@@ -42,6 +46,17 @@ def inverse(rotated: Vector, seed: bytes, numbers: int) -> Vector:
 
 
 def _signs(count: int, seed: bytes) -> npt.NDArray[np.bool_]:
+    return (_kept_signs if count <= _KEPT_NUMBERS_MAX else _drawn_signs)(count, seed)
+
+
+@lru_cache(maxsize=256)
+def _kept_signs(count: int, seed: bytes) -> npt.NDArray[np.bool_]:
+    signs = _drawn_signs(count, seed)
+    signs.setflags(write=False)  # one array for all who ask
+    return signs
+
+
+def _drawn_signs(count: int, seed: bytes) -> npt.NDArray[np.bool_]:
     stream = Keystream(StreamCipher.AES_128_CTR, seed, _SIGNS_START).take(count // 8)
     return np.unpackbits(np.frombuffer(stream, np.uint8)).view(np.bool_)
 

@@ -163,12 +163,12 @@ def test_aes_128_ctr_of_sp_800_38a_f_5_1() -> None:
 def test_chacha20_of_rfc_8439_2_4_2() -> None:
     start = (1).to_bytes(4, "little") + bytes.fromhex("000000000000004a00000000")
     buffer = bytearray(PIECE_BYTES + SPARE_BYTES)
-    Keystream(StreamCipher.CHACHA20, bytes(range(32)), start).fill(buffer, 114)
+    noise = Keystream(StreamCipher.CHACHA20, bytes(range(32)), start).read(buffer, 114)
     plain = (
         b"Ladies and Gentlemen of the class of '99: If I could offer you "
         b"only one tip for the future, sunscreen would be it."
     )
-    assert bytes(a ^ b for a, b in zip(plain, buffer, strict=False)) == bytes.fromhex(
+    assert bytes(a ^ b for a, b in zip(plain, bytes(noise), strict=False)) == bytes.fromhex(
         "6e2e359a2568f98041ba0728dd0d6981e97e7aec1d4360c20a27afccfd9fae0b"
         "f91b65c5524733ab8f593dabcd62b3571639d624e65152ab8f530c359f0861d8"
         "07ca0dbf500d6a6156a38e088a22b65e52bc514d16ccf806818ce91ab7793736"
