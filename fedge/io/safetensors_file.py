@@ -26,6 +26,7 @@ Floats = NDArray[np.float32]
 HEADER_BYTES_MAX: Final = 16 * 1024**2  # 100,000 tensors with long names; the library's own limit is 100 MB
 _AXES_MAX: Final = 16
 _METADATA: Final = "__metadata__"
+PYTORCH: Final = {"format": "pt"}  # transformers refuses a file that does not say it
 _ITEM_BYTES: Final = {
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
@@ -43,6 +44,14 @@ class RawTensor:
     data: memoryview
 
 
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """A whole file: its free-text metadata, and every tensor by name."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, RawTensor]
+
+
 class _Entry(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
@@ -51,6 +60,11 @@ class _Entry(msgspec.Struct, frozen=True):
 
 def read_tensors(path: Path, *, bytes_max: int) -> dict[str, RawTensor]:
     """Every tensor of the file by name. Raises NoInputError, StorageError, DataError naming file and tensor."""
+    return read_file(path, bytes_max=bytes_max).tensors
+
+
+def read_file(path: Path, *, bytes_max: int) -> TensorFile:
+    """The same with the file's metadata."""
     try:
         size = path.stat().st_size
         if size > bytes_max:
@@ -60,7 +74,11 @@ def read_tensors(path: Path, *, bytes_max: int) -> dict[str, RawTensor]:
         raise NoInputError("tensor file does not exist", field="path", value=str(path)) from error
     except OSError as error:
         raise storage_error(error, path, verb="read") from error
-    entries, body = _header(path, whole)
+    metadata, entries, body = _header(path, whole)
+    return TensorFile(metadata, _placed(path, entries, body))
+
+
+def _placed(path: Path, entries: Mapping[str, _Entry], body: memoryview) -> dict[str, RawTensor]:
     found, end = {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         start, stop = entry.data_offsets
@@ -93,9 +111,9 @@ def widened(path: Path, name: str, raw: RawTensor) -> Floats:
     return values.reshape(raw.shape)
 
 
-def encode_tensors(tensors: Mapping[str, Floats]) -> bytes:
+def encode_tensors(tensors: Mapping[str, Floats], metadata: Mapping[str, str] = PYTORCH) -> bytes:
     """A file of float32 tensors, in the order of their names: equal tensors give equal bytes."""
-    header: dict[str, object] = {_METADATA: {"format": "pt"}}  # transformers refuses a file without it
+    header: dict[str, object] = {_METADATA: dict(metadata)}
     parts, end = [], 0
     for name in sorted(tensors):
         data = np.ascontiguousarray(tensors[name], dtype="<f4").tobytes()
@@ -107,14 +125,14 @@ def encode_tensors(tensors: Mapping[str, Floats]) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def _header(path: Path, whole: memoryview) -> tuple[dict[str, _Entry], memoryview]:
+def _header(path: Path, whole: memoryview) -> tuple[dict[str, str], dict[str, _Entry], memoryview]:
     length = int.from_bytes(whole[:8], "little")
     if len(whole) < 8 or length > min(HEADER_BYTES_MAX, len(whole) - 8):
         raise DataError(f"{path} cannot be read: no header of safetensors", field="header", value=length)
     try:
         fields = msgspec.json.decode(whole[8 : 8 + length], type=dict[str, msgspec.Raw])
-        fields.pop(_METADATA, None)
+        metadata = msgspec.json.decode(fields.pop(_METADATA, b"{}"), type=dict[str, str])
         entries = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in fields.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}", field="header") from error
-    return entries, whole[8 + length :]
+    return metadata, entries, whole[8 + length :]
