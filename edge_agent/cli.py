@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _EPILOG: Final = """\
 a first device:
-  fedge agent train-once --bundle DIR --data my.jsonl    alone, without a network: does it learn on this board?
+  fedge agent train-once DIR my.jsonl                    alone, without a network: does it learn on this board?
   fedge agent enroll TOKEN                               join a fleet; the operator has the token
   fedge agent run --data my.jsonl                        take part; stop it with Ctrl-C, nothing is lost
   fedge agent status                                     from another terminal
@@ -95,16 +95,24 @@ def _add_status(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _add_train_once(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     once = words.add_parser(
         "train-once",
-        help="alone and offline: train a few steps, print the loss before and after",
-        description="Holds every fifth conversation out, trains a few steps on the rest, and prints the loss on what "
-        "was held out, before and after. Needs no fleet; nothing is kept.",
+        help="alone and offline: train a few steps, print the loss before and after, keep the adapter if told",
+        description="Holds every fifth conversation out, trains some steps on the rest, and prints the loss on what "
+        "was held out, before and after. Needs no fleet; nothing is kept but the adapter, when --adapter-out names a "
+        "file. `fedge adapter` shows it, compares it, and turns it into a PEFT folder, a GGUF or a merged model.",
     )
-    once.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="from `fedge quantize`")
-    once.add_argument("--data", type=Path, required=True, metavar="FILE", help="private examples, JSON Lines")
+    once.add_argument("bundle_folder", nargs="?", type=Path, metavar="BUNDLE", help="from `fedge quantize`")
+    once.add_argument("data_file", nargs="?", type=Path, metavar="DATA", help="private examples, JSON Lines")
+    once.add_argument("--bundle", type=Path, metavar="DIR", help="the same as BUNDLE")
+    once.add_argument("--data", type=Path, metavar="FILE", help="the same as DATA")
     once.add_argument("--steps", type=_count, default=5, help="training steps (default: 5)")
+    once.add_argument("--adapter-out", type=Path, metavar="FILE", help="keep the adapter in this file")
+    once.add_argument(
+        "--from", dest="start", type=Path, metavar="ADAPTER", help="go on from this adapter file"
+    )
     once.add_argument("--rate", type=float, help="learning rate (default: the fleet's)")
     once.add_argument("--rows", type=_count, help="rows in a step (default: the fleet's)")
     once.add_argument("--window", type=_count, metavar="TOKENS", help="longest row (default: the fleet's)")
+    once.add_argument("--seed", type=_count, default=0, metavar="N", help="order of the rows (default: 0)")
     once.add_argument("--threads", type=_count, default=0, help="(default: all it may use)")
     once.add_argument("--json", action="store_true", help="as one JSON object")
     once.set_defaults(run=_train_once)
@@ -190,6 +198,7 @@ def _train_once(arguments: argparse.Namespace) -> None:
         "rate": arguments.rate,
         "batch_rows": arguments.rows,
         "window_tokens": arguments.window,
+        "data_seed": arguments.seed,
     }
     try:
         training = msgspec.convert(
@@ -198,14 +207,26 @@ def _train_once(arguments: argparse.Namespace) -> None:
     except msgspec.ValidationError as error:
         raise UsageError(f"training cannot be done so: {error}") from error
     found = trial.train_once(
-        arguments.bundle,
-        arguments.data,
+        _either(arguments.bundle_folder, arguments.bundle, "BUNDLE"),
+        _either(arguments.data_file, arguments.data, "DATA"),
         steps=arguments.steps,
         training=training,
         threads=arguments.threads,
         progress=trial.on_terminal,
+        adapter_out=arguments.adapter_out,
+        start=arguments.start,
     )
     print(msgspec.json.encode(found).decode() if arguments.json else trial.text(found))
+
+
+def _either(placed: Path | None, flagged: Path | None, name: str) -> Path:
+    """A value that may stand by itself or behind a flag; once."""
+    from fedge.errors import UsageError
+
+    if (placed is None) == (flagged is None):
+        what = "is missing" if placed is None else "is given twice"
+        raise UsageError(f"{name} {what}", hint="fedge agent train-once BUNDLE DATA --steps N")
+    return placed or flagged or Path()
 
 
 def _unit(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
-"""A first local check: does training on this data with this bundle work on this board? No network, no fleet.
+"""Training alone: does it work on this board with this data, and what adapter comes of it? No network, no fleet.
 
-Every fifth conversation (or record, where none are named) is held out. Its loss before and after a few steps says
-whether anything was learnt. Everything is done by the same worker as in a fleet, in a temporary folder.
+Every fifth conversation (or record, where none are named) is held out. Its loss before and after the steps says
+whether anything was learnt. Everything is done by the same worker as in a fleet, in a temporary folder; what stays is
+the adapter's file, when one is asked for, and that appears whole when all is done.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -21,11 +23,13 @@ from edge_agent.records import Record, read_records
 from edge_agent.resources import threads_allowed
 from edge_agent.worker_process import Reply, WorkerProcess
 from fedge import errors
-from fedge.errors import DataError, FedgeError, NoInputError
+from fedge.errors import DataError, FedgeError, NoInputError, UnsupportedError, UsageError
 from fedge.io import durable
-from fedge.lora import AdapterLayout
 from fedge.messages import Training
 from fedge.release import MANIFEST, SIGNATURE, Manifest, open_manifest
+
+if TYPE_CHECKING:
+    from fedge.io.adapter_file import Floats
 
 HELD_OUT_EVERY: Final = 5
 HELD_OUT_MAX: Final = 24
@@ -54,16 +58,18 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     peak_rss_mb: float  # of the worker, 10^6 bytes
     left_out_rows: int  # of the training file: too long for the window, or empty
     threads: int
+    adapter: str = ""  # the file that was written
 
 
 def text(trial: Trial) -> str:
     """The same for people."""
     left_out = f", {trial.left_out_rows} left out (too long or empty)" if trial.left_out_rows else ""
+    kept = f"\nadapter: {trial.adapter}" if trial.adapter else ""
     return (
         f"{trial.model}: held-out loss {trial.loss_before:.3f} -> {trial.loss_after:.3f} nats per token\n"
         f"over {trial.held_out_rows} rows ({trial.held_out_tokens} tokens) after {trial.steps} steps on "
         f"{trial.training_rows} rows{left_out}\n"
-        f"{trial.seconds_per_step:.2f} s a step on {trial.threads} threads, peak memory {trial.peak_rss_mb:g} MB"
+        f"{trial.seconds_per_step:.2f} s a step on {trial.threads} threads, peak memory {trial.peak_rss_mb:g} MB{kept}"
     )
 
 
@@ -75,10 +81,17 @@ def train_once(
     training: Training,
     threads: int = 0,
     progress: OnProgress = lambda what, done, of: None,
+    adapter_out: Path | None = None,
+    start: Path | None = None,
 ) -> Trial:
-    """Evaluate, train, evaluate. Raises whatever the worker's jobs raise: NoInputError, DataError, IntegrityError."""
+    """Evaluate, train, evaluate; from zero, or from the adapter file `start`. The adapter goes to `adapter_out`.
+
+    Raises whatever the worker's jobs raise (NoInputError, DataError, IntegrityError), the refusals of
+    `fedge.io.adapter_file.read_adapter`, UsageError when `adapter_out` would replace something else.
+    """
     manifest = _open(bundle)
-    layout = AdapterLayout.of(manifest.layers, manifest.lora_shapes, manifest.lora.r)
+    _check_target(adapter_out)
+    begun = _Start.of(manifest, training, start)
     folder = Path(tempfile.mkdtemp(prefix="fedge-trial-"))  # 0700
     try:
         train, held_out = split(read_records(data))
@@ -91,14 +104,18 @@ def train_once(
             )
         _write(folder / "train.jsonl", train)
         _write(folder / "held_out.jsonl", held_out, HELD_OUT_MAX)
-        durable.write_bytes(folder / "start.f32", bytes(4 * layout.numbers))
-        bench = _Bench(bundle.resolve(), folder, training, threads_allowed(threads), progress)
+        begun.save(folder / "start.f32")
+        bench = _Bench(bundle.resolve(), folder, begun.training, threads_allowed(threads), progress)
         try:
             before = bench.evaluate("start.f32", "loss before")
             trained = bench.train(steps)
-            after = bench.evaluate("delta.f32", "loss after")
+            vector = begun.after(folder / "delta.f32")
+            durable.write_bytes(folder / "end.f32", vector.astype("<f4").tobytes())
+            after = bench.evaluate("end.f32", "loss after")
         finally:
             bench.stop()
+        if adapter_out is not None:
+            begun.keep(adapter_out, vector, trained.steps)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Trial(
@@ -114,7 +131,74 @@ def train_once(
         peak_rss_mb=round(max(trained.memory.peak, after.memory.peak) / 1e6, 1),
         left_out_rows=trained.counts.too_long + trained.counts.empty,
         threads=bench.threads,
+        adapter=str(adapter_out or ""),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where the numbers begin, and what becomes of them."""
+
+    manifest: Manifest
+    training: Training  # with the seed of the adapter that it goes on from
+    vector: Floats
+    steps_before: int
+
+    @classmethod
+    def of(cls, manifest: Manifest, training: Training, start: Path | None) -> _Start:
+        import numpy as np
+
+        from fedge.io.adapter_file import layout_of, read_adapter
+
+        if start is None:
+            return cls(manifest, training, np.zeros(layout_of(manifest).numbers, np.float32), 0)
+        adapter = read_adapter(start, manifest)
+        header = adapter.header
+        if header.lora != manifest.lora or not header.a_seed:
+            raise UnsupportedError(
+                f"training cannot go on from {start}: its A does not follow from a seed, or its config is another one",
+                field="lora",
+                value=header.lora,
+                hint="Adapters from `train-once` and from `fedge hub export` with the same bundle can be gone on from",
+            )
+        return cls(
+            manifest,
+            msgspec.structs.replace(training, a_seed=header.a_seed),
+            adapter.vector,
+            header.steps,
+        )
+
+    def save(self, path: Path) -> None:
+        durable.write_bytes(path, self.vector.astype("<f4").tobytes())
+
+    def after(self, delta: Path) -> Floats:
+        """The numbers after the delta in this file."""
+        import numpy as np
+
+        moved: Floats = self.vector + np.frombuffer(delta.read_bytes(), "<f4")
+        return moved
+
+    def keep(self, path: Path, vector: Floats, steps: int) -> None:
+        from fedge.io.adapter_file import adapter_of, write_adapter
+
+        seed, steps = self.training.a_seed, self.steps_before + steps
+        write_adapter(path, adapter_of(self.manifest, vector, a_seed=seed, steps=steps))
+
+
+def _check_target(path: Path | None) -> None:
+    """Before any work: the adapter's file can be written, and replaces nothing but another adapter."""
+    if path is None:
+        return
+    from fedge.io.adapter_file import is_adapter_file
+
+    if path.exists() and not is_adapter_file(path):
+        raise UsageError(
+            "the adapter would replace something else",
+            field="adapter-out",
+            value=str(path),
+            hint="Name another file",
+        )
+    durable.ensure_space(path.absolute().parent, 0)
 
 
 def split(records: Iterable[Record]) -> tuple[list[Record], list[Record]]:

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from edge_agent.records import Record, TextExample
 from edge_agent.trial import Trial, split, train_once
 from fedge.cli import main
-from fedge.errors import DataError, IntegrityError, NoInputError
+from fedge.errors import DataError, IntegrityError, NoInputError, StorageError, UsageError
+from fedge.io.adapter_file import adapter_of, layout_of, read_adapter, write_adapter
 from fedge.messages import Training
+from fedge.release import MANIFEST, SIGNATURE, open_manifest
 
 
 @pytest.fixture
@@ -76,3 +79,46 @@ def test_too_little_data_no_bundle_and_a_spoilt_one(tiny_bundle: Path, data: Pat
         (spoilt / path.name).write_bytes(content[:-1] + b"\1" if path.name == "weights.bin" else content)
     with pytest.raises(IntegrityError, match="not what the manifest says"):
         train_once(spoilt, data, steps=1, training=Training())
+
+
+def test_the_adapter_is_kept_and_can_be_gone_on_from(tiny_bundle: Path, data: Path, tmp_path: Path) -> None:
+    """Two steps, and two more from the file, see more than zero: what was saved is what was evaluated."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    one = train_once(
+        tiny_bundle, data, steps=2, training=Training(a_seed=bytes(range(16))), threads=1, adapter_out=first
+    )
+    kept = read_adapter(first)
+    assert (kept.header.a_seed, kept.header.steps, one.adapter) == (bytes(range(16)), 2, str(first))
+    again = train_once(
+        tiny_bundle, data, steps=2, training=Training(), threads=1, start=first, adapter_out=second
+    )
+    assert again.loss_before == one.loss_after
+    assert again.loss_after < one.loss_after
+    assert (read_adapter(second).header.a_seed, read_adapter(second).header.steps) == (bytes(range(16)), 4)
+
+
+def test_a_target_that_is_something_else_and_a_stranger_to_start_from_are_refused_before_work(
+    tiny_bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    letter = tmp_path / "letter.txt"
+    letter.write_text("dear all")
+    with pytest.raises(UsageError, match="something else"):
+        train_once(tiny_bundle, data, steps=1, training=Training(), adapter_out=letter)
+    with pytest.raises(NoInputError):
+        train_once(tiny_bundle, data, steps=1, training=Training(), start=tmp_path / "nowhere")
+    with pytest.raises(StorageError):
+        train_once(tiny_bundle, data, steps=1, training=Training(), adapter_out=tmp_path / "no" / "folder")
+    manifest = open_manifest((tiny_bundle / MANIFEST).read_bytes(), (tiny_bundle / SIGNATURE).read_bytes())
+    other = msgspec.structs.replace(manifest, model="another")
+    write_adapter(
+        tmp_path / "a", adapter_of(other, np.zeros(layout_of(other).numbers, np.float32), a_seed=bytes(16))
+    )
+    with pytest.raises(IntegrityError, match="another bundle"):
+        train_once(tiny_bundle, data, steps=1, training=Training(), start=tmp_path / "a")
+    assert letter.read_text() == "dear all"
+
+
+@pytest.mark.parametrize("words", [["b"], ["b", "d", "--data", "e"], ["--bundle", "b", "b", "d"]])
+def test_bundle_and_data_are_given_once_each(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["agent", "train-once", *words]) == 64
+    assert capsys.readouterr().err.count("\n") == 1
