@@ -10,14 +10,15 @@ import pytest
 
 from edge_agent.dataset import (
     IGNORE,
+    TextExample,
     batches,
     check_template,
     evaluation_batches,
     load_dataset,
     make_batch,
+    read_records,
     render,
 )
-from edge_agent.records import TextExample, read_records
 from fedge.errors import ConfigError, DataError, FedgeError, NoInputError
 from fedge.limits import DATA_LINE_BYTES_MAX
 from fedge.messages import Template
@@ -88,7 +89,7 @@ def test_a_letter_cut_in_the_middle_is_refused(tmp_path: Path) -> None:
         ('{"prompt": 3, "completion": "b"}', "line 1: .*prompt"),
         ('{"prompt": "a", "completion": "b"', "line 1: not JSON"),
         ('["a", "b"]', "line 1"),
-        ('{"messages": [{"role": "gpt", "content": "x"}]}', r"line 1: .*messages\[0\]\.role"),
+        ('{"messages": [{"role": "stranger", "content": "x"}]}', r"line 1: .*messages\[0\]\.role"),
         ('{"messages": [{"role": "user", "content": ["x"]}]}', r"line 1: .*messages\[0\]\.content"),
         ('{"messages": [{"content": "x"}]}', r"line 1: .*role"),
         ('{"messages": [], "prompt": "a"}', "line 1: both normal forms"),
@@ -184,7 +185,7 @@ def test_what_does_not_fit_or_is_empty_is_counted(tmp_path: Path) -> None:
     ]
     path = wrote(tmp_path, "\n".join(map(json.dumps, lines)))
     counts = load_dataset(path, Template(), letters, eos_id=EOS, window=64).counts
-    assert (counts.examples, counts.kept, counts.too_long, counts.empty) == (4, 1, 2, 1)
+    assert (counts.examples, counts.kept, counts.too_long, counts.empty) == (4, 2, 1, 1)
     with pytest.raises(DataError, match=r"no usable example.*'too_long': 3"):
         load_dataset(path, Template(), letters, eos_id=EOS, window=16)
 

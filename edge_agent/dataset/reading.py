@@ -1,0 +1,205 @@
+"""A file or folder of the owner's to records, by what is in it and never by its name.
+
+Nothing is guessed and nothing is replaced: what cannot be read is refused with file, line, and field or byte. Bad
+lines are passed over only as far as the owner said, and are counted. A refusal never repeats the owner's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from edge_agent.dataset.choices import Reading
+from edge_agent.dataset.columns import looks_like_a_table, separator_of, table_records
+from edge_agent.dataset.json_forms import BadRecord, record_of_json
+from edge_agent.dataset.json_stream import is_json, json_objects
+from edge_agent.dataset.lines import HEAD_BYTES, Line, encoding_of, read_lines
+from edge_agent.dataset.plain import passages
+from edge_agent.dataset.record import Record
+from fedge.errors import DataError, NoInputError, StorageError
+
+_UNPACK: Final = "Unpack it first"
+_TABLE: Final = "Save it as CSV in UTF-8"
+_PASSAGE: Final = "Save its text as UTF-8"
+# First bytes -> what it is, what to do. Parquet is read elsewhere in this module.
+_MAGIC: Final[dict[bytes, tuple[str, str]]] = {
+    b"\x1f\x8b": ("packed: gzip", f"{_UNPACK}: gunzip FILE"),
+    b"BZh": ("packed: bzip2", f"{_UNPACK}: bunzip2 FILE"),
+    b"\xfd7zXZ": ("packed: xz", f"{_UNPACK}: unxz FILE"),
+    b"(\xb5/\xfd": ("packed: zstd", f"{_UNPACK}: unzstd FILE"),
+    b"7z\xbc\xaf": ("packed: 7z", _UNPACK),
+    b"\xd0\xcf\x11\xe0": ("an old Office document", _TABLE),
+    b"SQLite format 3": ("an SQLite database", "sqlite3 -csv -header FILE 'select … from …' > FILE.csv"),
+    b"ARROW1": ("an Arrow file", "Save it as Parquet or JSON Lines"),
+    b"\x89HDF": ("an HDF5 file", _TABLE),
+    b"%PDF": ("a PDF", "pdftotext FILE makes text of it"),
+    b"\x89PNG": ("a picture", "Only text can be learnt"),
+    b"\xff\xd8\xff": ("a picture", "Only text can be learnt"),
+    b"RIFF": ("a sound or a film", "Only text can be learnt"),
+    b"\x80\x04": ("a Python pickle", "It is never opened: save it as JSON Lines"),
+    b"\x80\x03": ("a Python pickle", "It is never opened: save it as JSON Lines"),
+    b"\x80\x05": ("a Python pickle", "It is never opened: save it as JSON Lines"),
+}
+_FILES_MAX: Final = 100_000  # in a folder
+
+Found = Iterator[Record | DataError]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came by while a file was read. `bad` lines were passed over; `first` says what was wrong with the first."""
+
+    form: str = ""
+    records: int = 0
+    bad: int = 0
+    first: str = ""
+    forms: dict[str, int] = field(default_factory=dict)
+
+
+def read_records(path: Path, how: Reading | None = None, tally: Tally | None = None) -> Iterator[Record]:
+    """The records of the file or folder `path`, in order (of names in a folder).
+
+    Raises NoInputError, StorageError, DataError, and UnsupportedError for Parquet without its extra. What the owner
+    allowed to skip is counted in `tally`; a share is judged at the end of the file.
+    """
+    how, tally = how or Reading(), tally if tally is not None else Tally()
+    try:
+        for found in _folder(path, how, tally) if path.is_dir() else _file(path, how, tally):
+            if not isinstance(found, DataError):
+                tally.records += 1
+                tally.forms[type(found).__name__] = tally.forms.get(type(found).__name__, 0) + 1
+                yield found
+                continue
+            tally.bad += 1
+            tally.first = tally.first or str(found)
+            if tally.bad > how.skip_lines and not how.skip_share:
+                raise found
+    except FileNotFoundError as error:
+        raise NoInputError("data file does not exist", field="path", value=str(path)) from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}", field="path", value=str(path)) from error
+    if tally.bad > max(how.skip_lines, how.skip_share * (tally.records + tally.bad)):
+        raise DataError(
+            f"{path}: {tally.bad} of {tally.records + tally.bad} records are bad, more than may be skipped",
+            field="skip-bad",
+            value=tally.bad,
+            hint=f"The first: {tally.first}",
+        )
+
+
+def _folder(path: Path, how: Reading, tally: Tally) -> Found:
+    files = sorted(file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file())
+    if not files:
+        raise NoInputError("data folder has no file", field="path", value=str(path))
+    if len(files) > _FILES_MAX:
+        raise DataError(f"{path} has more than {_FILES_MAX:,} files", field="files", value=len(files))
+    for file in files:
+        yield from _file(file, how, tally)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _file(path: Path, how: Reading, tally: Tally) -> Found:
+    with path.open("rb") as stream:
+        head = stream.read(HEAD_BYTES)
+        if head.startswith(b"PAR1"):
+            from edge_agent.dataset.parquet import parquet_records
+
+            tally.form = "parquet"
+            yield from parquet_records(path, how)
+            return
+        _refuse_binary(path, head)
+        encoding = encoding_of(path, head)
+
+        def lines() -> Iterator[Line | DataError]:
+            return read_lines(path, stream, encoding)
+
+        form, separator = _form_of(path, lines, how)
+        tally.form = form
+        if form == "json-lines":
+            yield from _from_json(path, lines(), how)
+        elif form == "json":
+            yield from _from_json(path, json_objects(path, lines()), how)
+        elif form == "table":
+            yield from table_records(path, lines(), separator, how)
+        else:
+            yield from passages(lines())
+
+
+def _refuse_binary(path: Path, head: bytes) -> None:
+    if head.startswith(b"PK\x03\x04"):
+        office = b"[Content_Types].xml" in head[:4096] or b"mimetypeapplication/vnd.oasis" in head[:4096]
+        what, hint = ("an Office document", _TABLE) if office else ("packed: zip", f"{_UNPACK}: unzip FILE")
+        raise DataError(f"{path} is {what}", field="format", value=f"0x{head[:4].hex()}", hint=hint)
+    for magic, (what, hint) in _MAGIC.items():
+        if head.startswith(magic):
+            raise DataError(f"{path} is {what}", field="format", value=f"0x{head[:4].hex()}", hint=hint)
+
+
+def _form_of(path: Path, lines: Callable[[], Iterable[Line | DataError]], how: Reading) -> tuple[str, str]:
+    """Which form the first lines have, and the separator of a table."""
+    head = _head(lines())
+    if how.form not in ("auto", "table"):
+        return how.form, ""
+    first = head[0].text.lstrip() if head else ""
+    if how.form == "auto" and not how.separator:
+        if not head:
+            return "json-lines", ""
+        if _is_meant_as_json(first):
+            return ("json-lines" if first[0] == "{" and _ends_in_its_line(first) else "json"), ""
+    separator = separator_of(path, head, how)
+    if separator or how.form == "table":
+        return "table", separator or ","
+    columns = looks_like_a_table(path, head)
+    if columns or path.suffix.lower() in (".csv", ".tsv"):
+        raise DataError(
+            f"{path} looks like a table of {columns or 'one'} columns, but its first row has no name that is known",
+            field="columns",
+            value=columns,
+            hint="Say which is which: --columns prompt=NAME,completion=NAME (or text=, label=), by number with "
+            "--no-header; or --form text if it is no table",
+        )
+    return "text", ""
+
+
+def _head(lines: Iterable[Line | DataError]) -> list[Line]:
+    """The first lines that hold something, up to what is looked at."""
+    head: list[Line] = []
+    size = 0
+    for line in lines:
+        if isinstance(line, DataError):
+            break
+        if line.text.strip():
+            head.append(line)
+            size += len(line.text)
+        if size > HEAD_BYTES:
+            break
+    return head
+
+
+def _is_meant_as_json(first: str) -> bool:
+    """Whether a file that begins so is meant as JSON."""
+    if first[:1] not in ("{", "["):
+        return False
+    second = first[1:].lstrip()[:1]
+    return second in ("", '"', "'", "}") if first[0] == "{" else second in ("", "{", "[", "]", '"', "'")
+
+
+def _ends_in_its_line(first: str) -> bool:
+    """Whether a first line that begins an object is meant to end it, even if it is broken."""
+    return is_json(first) or not first.rstrip().endswith(("{", ",", "["))
+
+
+def _from_json(path: Path, lines: Iterable[Line | DataError], how: Reading) -> Found:
+    for line in lines:
+        if isinstance(line, DataError):
+            yield line
+        elif line.text.strip():
+            try:
+                yield record_of_json(line.text, line.number, how.roles)
+            except BadRecord as error:
+                yield error.at(f"{path}, line {line.number}")
