@@ -27,9 +27,8 @@ import numpy as np  # noqa: E402
 from report import ROOT, Row, parser, print_report, progress  # noqa: E402
 
 from edge_agent.bundle import open_bundle  # noqa: E402
-from edge_agent.dataset import load_encoder, render  # noqa: E402
+from edge_agent.dataset import TextExample, load_encoder, render  # noqa: E402
 from edge_agent.jobs import Failed, Progress, Train, Trained  # noqa: E402
-from edge_agent.records import TextExample  # noqa: E402
 from edge_agent.worker import memory_used  # noqa: E402
 from fedge.messages import Template, Training  # noqa: E402
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from edge_agent.records import read_records
+from edge_agent.dataset import read_records
 from fedge import __version__, limits
 from fedge.messages import Facts
 
@@ -44,8 +44,8 @@ def measure(data: Path | None) -> Facts:
 
 
 def samples_bucket(data: Path) -> int:
-    """Bit length of the number of examples: 1 for one, 2 for two or three, 3 up to seven; 0 for none."""
-    return sum(len(record.examples) for record in read_records(data)).bit_length()
+    """Bit length of the number of samples: 1 for one, 2 for two or three, 3 up to seven; 0 for none."""
+    return sum(record.samples for record in read_records(data)).bit_length()
 
 
 def board_name() -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from edge_agent import jobs
-from edge_agent.records import Record, read_records
+from edge_agent.dataset import Record, normal_form, read_records
 from edge_agent.resources import threads_allowed
 from edge_agent.worker_process import Reply, WorkerProcess
 from fedge import errors
@@ -290,11 +290,10 @@ def _open(bundle: Path) -> Manifest:
 
 
 def _write(path: Path, records: list[Record], examples_max: int | None = None) -> None:
-    lines = [
-        msgspec.json.encode(
-            {"prompt": example.prompt, "completion": example.completion, "conversation": record.conversation}
-        )
-        for record in records
-        for example in record.examples
-    ]
-    durable.write_bytes(path, b"\n".join(lines[:examples_max]) + b"\n", secret=True)
+    lines: list[bytes] = []
+    samples = 0
+    for record in records:
+        if examples_max is None or samples < examples_max:
+            lines.append(msgspec.json.encode(normal_form(record)))
+            samples += record.samples
+    durable.write_bytes(path, b"\n".join(lines) + b"\n", secret=True)

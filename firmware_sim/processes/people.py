@@ -16,8 +16,7 @@ from typing import Final
 
 import msgspec
 
-from edge_agent.dataset import render
-from edge_agent.records import TextExample
+from edge_agent.dataset import TextExample, render
 from fedge.errors import DataError, NoInputError
 from fedge.io import durable
 from fedge.messages import Template

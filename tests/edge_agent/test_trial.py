@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_agent.records import Record, TextExample
+from edge_agent.dataset import Conversation, Turn
 from edge_agent.trial import Trial, split, train_once
 from fedge.cli import main
 from fedge.errors import DataError, IntegrityError, NoInputError, StorageError, UsageError
@@ -56,12 +56,12 @@ def test_the_command_prints_one_object(
 
 
 def test_whole_conversations_are_held_out() -> None:
-    example = (TextExample("a", "b"),)
-    records = [Record(line, f"talk {line // 3}", example, 0) for line in range(30)]
+    turns = (Turn("user", "a"), Turn("assistant", "b"))
+    records = [Conversation(line, f"talk {line // 3}", turns) for line in range(30)]
     train, held_out = split(records)
     assert {record.conversation for record in held_out} == {"talk 4", "talk 9"}
     assert not {record.conversation for record in train} & {record.conversation for record in held_out}
-    unnamed = [Record(line, "", example, 0) for line in range(10)]
+    unnamed = [Conversation(line, "", turns) for line in range(10)]
     assert [record.line for record in split(unnamed)[1]] == [4, 9]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.records import read_records
+from edge_agent.dataset import read_records
 from fedge.errors import DataError, NoInputError
 from firmware_sim.processes.people import (
     HELDOUT_ROWS,

@@ -13,8 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch_twin import mean_loss, torch_twin
 
 from edge_agent.bundle import Bundle, open_bundle
-from edge_agent.dataset import IGNORE, Batch, evaluation_batches, load_dataset, load_encoder, make_batch
-from edge_agent.records import TextExample
+from edge_agent.dataset import (
+    IGNORE,
+    Batch,
+    TextExample,
+    evaluation_batches,
+    load_dataset,
+    load_encoder,
+    make_batch,
+)
 from edge_agent.trainer import Trainer
 from fedge.errors import DataError, NoInputError, UnsupportedError
 from fedge.io.assets import pull
