@@ -65,6 +65,30 @@ def replacing(path: Path, *, secret: bool = False, bytes_needed: int = 0) -> Ite
             part.unlink(missing_ok=True)
 
 
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """The hidden name under which the block makes a file or a folder that becomes `path` when it ends well.
+
+    For what other libraries write by name. All files are flushed to disk before the rename, a file takes the place of
+    an old one, a folder needs a free name; nothing is left when the block fails. Raises StorageError.
+    """
+    part = part_name(path)
+    try:
+        yield part
+        inside = sorted(part.rglob("*")) if part.is_dir() else []
+        for made in [*inside, part]:
+            _flush(made)
+        part.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
     """Remove `path` durably; a path that is not there is fine. Raises StorageError."""
     try:
@@ -150,6 +174,14 @@ def storage_error(error: OSError, path: Path, *, bytes_needed: int = 0, verb: st
 def _create(part: Path, secret: bool) -> BinaryIO:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     return os.fdopen(os.open(part, flags, 0o600 if secret else 0o666), "wb")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _lives(pid: int) -> bool:

@@ -6,6 +6,7 @@ an element type is a property of each tensor in the file, never of our expectati
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -43,7 +44,13 @@ def write_peft(
     base_model_name: str,
 ) -> None:
     """Write the adapter so that `peft.PeftModel.from_pretrained` loads it. Raises StorageError, DataError."""
-    tensors = {**layout.frozen(a_seed), **layout.split(b_vector)}
+    write_peft_tensors(folder, {**layout.frozen(a_seed), **layout.split(b_vector)}, config, base_model_name)
+
+
+def write_peft_tensors(
+    folder: Path, tensors: Mapping[str, Floats], config: LoraConfig, base_model_name: str
+) -> None:
+    """The same of tensors by our names, A and B alike: for an A that does not follow from a seed."""
     named = {peft_name(name): tensor for name, tensor in tensors.items()}
     fields = peft_config(config, base_model_name)
     durable.make_folder(folder)
