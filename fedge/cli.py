@@ -74,6 +74,12 @@ COMMANDS: Final = (
         "hub",
     ),
     Command("agent", "edge_agent.cli:register", "the device: join a fleet and train on private data"),
+    Command(
+        "adapter",
+        "quantize.adapter_cli:register",
+        "show, compare, export and merge adapters: PEFT, GGUF, Hugging Face",
+        extra="quantize",
+    ),
     Command("models", "fedge.assets_cli:register", "models that can be fetched by name"),
     Command("data", "fedge.assets_cli:register", "data sets that can be fetched by name"),
 )
