@@ -79,23 +79,20 @@ class Agent(RoundWorker):
 
     def _read(self, now: float, event: Event) -> tuple[type, object]:
         """The table's key for an event, and what the handler gets: a verified message, or the event itself."""
-        if not isinstance(event, effects.Received):
+        if type(event) is not effects.Received:
             return type(event), event
-        if event.topic == topics.HUB_STATE:
-            return HubState, decode(event.payload, HubState)
-        if event.topic == topics.receipts(self.device):
-            return Receipt, self._from_hub(now, event.payload, Receipt).message
-        if event.topic == topics.commands(self.device):
-            kind = checks.command_kind(decode_envelope(event.payload).body)
-            return kind, (self._from_hub(now, event.payload, kind), event.payload)
-        return Announcement, (
-            self.verifier.open(event.payload, Announcement, role="hub", now=now),
-            event.payload,
-        )
+        topic, payload, verifier = event.topic, event.payload, self.verifier
+        if topic == topics.commands(self.device):
+            command = self._from_own_hub(verifier.open_any(payload, checks.COMMANDS, role="hub", now=now))
+            return type(command.message), (command, payload)
+        if topic == topics.receipts(self.device):
+            return Receipt, self._from_own_hub(verifier.open(payload, Receipt, role="hub", now=now)).message
+        if topic == topics.HUB_STATE:
+            return HubState, decode(payload, HubState)
+        return Announcement, (verifier.open(payload, Announcement, role="hub", now=now), payload)
 
-    def _from_hub(self, now: float, payload: bytes, kind: type[M]) -> Opened[M]:
-        """A message of the campaign's own hub; another hub of the fleet has no say in it."""
-        opened = self.verifier.open(payload, kind, role="hub", now=now)
+    def _from_own_hub(self, opened: Opened[M]) -> Opened[M]:
+        """Another hub of the fleet than the campaign's has no say in it."""
         hub = self.announcement.hub if self.state.announcement else opened.subject
         if opened.subject != hub:
             raise ProtocolError(

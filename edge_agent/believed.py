@@ -35,3 +35,10 @@ def open_in(envelope: bytes) -> tuple[Open, bytes]:
 def ready_in(envelope: bytes) -> Ready:
     """A READY, ours or another member's. Every device has its own: nothing is kept."""
     return decode(decode_envelope(envelope).body, Ready)
+
+
+@lru_cache(maxsize=64)
+def mask_roster_in(envelope: bytes) -> tuple[tuple[bytes, bool], ...]:
+    """(prekey, has AES instructions) of every member by position, from an OPEN whose READYs `checks.roster` verified."""
+    readys = map(ready_in, open_in(envelope)[0].roster)
+    return tuple((ready.prekey, ready.facts.aes) for ready in readys)

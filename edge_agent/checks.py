@@ -24,15 +24,10 @@ from fedge.messages import (
     Ready,
     Result,
     decode_envelope,
-    kind_in,
 )
 
-_COMMANDS: Final[dict[str, type[Message]]] = {"bloccard": BlocCard, "open": Open, "result": Result}
-
-
-def command_kind(body: bytes) -> type[Message]:
-    """Which command a body claims to be; only the kinds a hub may send on a command topic."""
-    return kind_in(body, _COMMANDS)
+# The only kinds that a hub may send on a command topic.
+COMMANDS: Final[dict[str, type[Message]]] = {"bloccard": BlocCard, "open": Open, "result": Result}
 
 
 def announcement(opened: Opened[Announcement], current: Announcement | None, policy: Policy) -> None:
@@ -195,9 +190,3 @@ def roster(opening: Open, pinned: BlocCard, own: Ready, verifier: Verifier, now:
         prekeys.add(ready.prekey)
     if len(prekeys) != len(pinned.members):
         raise ProtocolError("cloned-member", "two members share a prekey", field="roster", value=len(prekeys))
-
-
-def mask_roster(opening: Open) -> tuple[tuple[bytes, bool], ...]:
-    """(prekey, has AES instructions) of every member by position; the envelopes were verified by `roster`."""
-    readys = map(believed.ready_in, opening.roster)
-    return tuple((ready.prekey, ready.facts.aes) for ready in readys)

@@ -8,7 +8,7 @@ signatures. Pure: time is an argument.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Final, Generic, Literal, TypeVar
 
@@ -19,7 +19,18 @@ from msgspec import Meta
 
 from fedge.errors import ProtocolError
 from fedge.limits import CLOCK_SKEW_SECONDS_MAX
-from fedge.messages import Envelope, Id, Key, Message, Name, Signature, decode, decode_envelope, encode
+from fedge.messages import (
+    Envelope,
+    Id,
+    Key,
+    Message,
+    Name,
+    Signature,
+    decode,
+    decode_envelope,
+    encode,
+    kind_in,
+)
 
 Role = Literal["device", "hub", "publisher"]
 M = TypeVar("M", bound=Message)
@@ -132,10 +143,19 @@ class Verifier:
 
     def open(self, data: bytes, kind: type[M], *, role: Role, now: float) -> Opened[M]:
         """The verified message of type `kind` in the envelope `data`; ProtocolError names what is wrong."""
+        return self._checked(decode_envelope(data), kind, role, now)[0]
+
+    def open_any(self, data: bytes, kinds: Mapping[str, type[M]], *, role: Role, now: float) -> Opened[M]:
+        """As `open`, whichever of `kinds` (by tag) the message is."""
         envelope = decode_envelope(data)
+        return self._checked(envelope, kind_in(envelope.body, kinds), role, now)[0]
+
+    def _checked(
+        self, envelope: Envelope, kind: type[M], role: Role, now: float
+    ) -> tuple[Opened[M], FleetCertificate]:
         who = self.certificate(envelope.certificate, role=role, now=now)
         try:
             self.check_signature(who.public_key, envelope.signature, _MESSAGE_DOMAIN + envelope.body)
         except InvalidSignature as error:
             raise ProtocolError("bad-signature", f"{who.subject} did not sign this message") from error
-        return Opened(decode(envelope.body, kind), who.subject, envelope.body)
+        return Opened(decode(envelope.body, kind), who.subject, envelope.body), who

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from fedge import limits
-from fedge.errors import ConfigError, ProtocolError
+from fedge.errors import ConfigError, DataError, ProtocolError, UnsupportedError
 from fedge.lora import LoraConfig
 from fedge.update.spec import UpdateCodec
 
@@ -65,7 +65,11 @@ class Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a device does with its data in a round, apart from how many steps: rule `ffa`, AdamW, fresh state."""
+    """What a device does with its data in a round, apart from how many steps: AdamW, fresh state.
+
+    `rule` says which factors of the adapter move and what travels of them (`fedge.rules`); a device refuses a
+    campaign whose rule it does not know.
+    """
 
     rate: Positive = 0.016
     weight_decay: Annotated[float, Meta(ge=0, le=1)] = 0.01
@@ -74,6 +78,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     a_seed: Seed = bytes(16)
     data_seed: Count = 0
     template: Template = Template()
+    rule: Name = "ffa"
 
 
 class Announcement(Message, frozen=True):
@@ -257,12 +262,17 @@ def encode(message: Message | Envelope) -> bytes:
 
 
 def decode(data: bytes, kind: type[M]) -> M:
-    """The message of type `kind` in `data`, or ProtocolError: `malformed`, `oversize`, `unexpected`, `bad-codec`."""
+    """The message of type `kind` in `data`.
+
+    Raises ProtocolError: `malformed`, `oversize`, `unexpected`, `bad-codec`, `bad-lora`.
+    """
     _check_size(data)
     try:
         message = _decoder.decode(data)
     except ConfigError as error:  # the codec checks itself when it is made
         raise ProtocolError("bad-codec", error.what, field=error.field, value=error.value) from error
+    except (DataError, UnsupportedError) as error:  # and so does the adapter's config
+        raise ProtocolError("bad-lora", error.what, field=error.field, value=error.value) from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(
             "malformed", "message cannot be read", field=kind.__name__, value=str(error)
@@ -285,7 +295,7 @@ def decode_envelope(data: bytes) -> Envelope:
         ) from error
 
 
-def kind_in(body: bytes, kinds: Mapping[str, type[Message]]) -> type[Message]:
+def kind_in(body: bytes, kinds: Mapping[str, type[M]]) -> type[M]:
     """Which of `kinds` (by tag) a message's bytes claim to be; ProtocolError `malformed` or `unexpected`."""
     _check_size(body)
     try:

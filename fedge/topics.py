@@ -11,6 +11,7 @@ from typing import Final
 ROOT: Final = "fl/v1"
 HUB_STATE: Final = f"{ROOT}/hub/state"
 ANNOUNCEMENTS: Final = f"{ROOT}/ann/+"
+_DEVICES: Final = f"{ROOT}/d/"
 ALL_UP: Final = f"{ROOT}/d/+/up/#"
 ALL_STATES: Final = f"{ROOT}/d/+/state"
 
@@ -47,5 +48,7 @@ def receipts(device: str) -> str:
 
 def device_of(topic: str) -> str:
     """The device whose topic this is, or an empty string."""
-    parts = topic.split("/")
-    return parts[3] if len(parts) > 4 and parts[:3] == ["fl", "v1", "d"] else ""
+    if not topic.startswith(_DEVICES):
+        return ""
+    start = len(_DEVICES)
+    return topic[start : max(start, topic.find("/", start))]

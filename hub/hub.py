@@ -31,9 +31,7 @@ from fedge.messages import (
     Ready,
     Report,
     decode,
-    decode_envelope,
     encode,
-    kind_in,
 )
 from hub import effects, scheduler
 from hub.book import CampaignState, Contact
@@ -74,32 +72,31 @@ class Hub(Former):
 
     def _dispatch(self, now: float, event: Event) -> Iterator[Effect]:
         match event:
+            case effects.Received():
+                yield from self._received(now, event)
+            case effects.TimerFired():
+                yield from self._tick(now)
             case effects.Started():
                 yield from self._started(now, event)
             case effects.CampaignAsked():
                 yield from self._campaign(now, event.campaign)
-            case effects.TimerFired():
-                yield from self._tick(now)
-            case effects.Received():
-                yield from self._received(now, event)
 
     def _received(self, now: float, event: effects.Received) -> Iterator[Effect]:
         device = topics.device_of(event.topic)
-        if event.topic == topics.chunks(device):
+        if event.topic == topics.control(device):
+            yield from self._control(now, device, event.payload)
+        elif event.topic == topics.chunks(device):
             yield from self._chunk(now, device, event.payload)
         elif event.topic == topics.state(device):
             if event.payload:
                 yield from self._presence(now, device, decode(event.payload, Presence))
-        elif event.topic == topics.control(device):
-            yield from self._control(now, device, event.payload)
         else:
             raise ProtocolError(
                 "unexpected", "nothing is read from this topic", field="topic", value=event.topic
             )
 
     def _control(self, now: float, device: str, payload: bytes) -> Iterator[Effect]:
-        kind = kind_in(decode_envelope(payload).body, _CONTROLS)
-        opened = self.verifier.open(payload, kind, role="device", now=now)
+        opened = self.verifier.open_any(payload, _CONTROLS, role="device", now=now)
         message = opened.message
         assert isinstance(message, (Ready, Report, Decline))
         if not opened.subject == message.device == device:

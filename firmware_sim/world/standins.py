@@ -8,7 +8,7 @@ shipped code's. An envelope that hundreds of devices read is checked once: its o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedge.identity import FleetCertificate, Opened, Role, Signer, Verifier, sign_certificate
-from fedge.messages import Message, decode_envelope
+from fedge.messages import Message, decode_envelope, kind_in
 from fedge.secagg.keystream import PIECE_BYTES, Keystream, StreamCipher
 from fedge.secagg.masks import AGREEMENT, Agreement
 from firmware_sim.world.clock import START
@@ -183,13 +183,27 @@ class HashedVerifier(Verifier):
     def open(self, data: bytes, kind: type[M], *, role: Role, now: float) -> Opened[M]:
         """As the shipped verifier's; role, revocation and validity are looked at every time."""
         known = self._opened.get(data)
-        if known is None or not isinstance(known[0].message, kind):
-            opened = super().open(data, kind, role=role, now=now)
-            who = self.certificate(decode_envelope(data).certificate, role=role, now=now)
-            self._opened.put(data, (cast(Opened[Message], opened), who))
-            return opened
+        if known is None or type(known[0].message) is not kind:
+            return self._remembered(data, kind, role, now)
         self.require_valid(known[1], role, now)
-        return cast(Opened[M], known[0])
+        return cast("Opened[M]", known[0])
+
+    def open_any(self, data: bytes, kinds: Mapping[str, type[M]], *, role: Role, now: float) -> Opened[M]:
+        """As the shipped verifier's; role, revocation and validity are looked at every time."""
+        known = self._opened.get(data)
+        if known is None or type(known[0].message) not in kinds.values():
+            return self._remembered(data, kinds, role, now)
+        self.require_valid(known[1], role, now)
+        return cast("Opened[M]", known[0])
+
+    def _remembered(
+        self, data: bytes, kinds: type[M] | Mapping[str, type[M]], role: Role, now: float
+    ) -> Opened[M]:
+        envelope = decode_envelope(data)
+        kind = kinds if isinstance(kinds, type) else kind_in(envelope.body, kinds)
+        found = self._checked(envelope, kind, role, now)
+        self._opened.put(data, cast("tuple[Opened[Message], FleetCertificate]", found))
+        return found[0]
 
 
 Known = TypeVar("Known")
