@@ -15,6 +15,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fedge.chat import ChatFormat
 from fedge.errors import IntegrityError, UnsupportedError
 from fedge.limits import BUNDLE_FILE_BYTES_MAX, MANIFEST_BYTES_MAX
 from fedge.lora import LoraConfig
@@ -97,6 +98,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     classes: tuple[str, ...] = ()  # label names of a classifier, by index
     dense: dict[str, tuple[int, ...]] = {}  # trained in full beside the adapter; starts at tensor "dense/NAME"
 
+    chat: ChatFormat | None = None  # how a conversation is written; None: the model has no chat template
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Canonical bytes: sorted keys, so the same bundle has the same hash."""

@@ -35,6 +35,7 @@ from fedge.release import (
 )
 from quantize import gates
 from quantize.blocks import adapted_modules, check_layers
+from quantize.chat import chat_format
 from quantize.choice import choose, is_exact
 from quantize.decode import inference_graph
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
@@ -151,6 +152,7 @@ class _Build:
                 for path in sorted(self._folder.iterdir())
             },
             gates=self._gates,
+            chat=chat_format(source.chat_template, source.template_tokens, source.tokenizer, source.eos_id),
             publisher=publisher,
         )
 

@@ -14,7 +14,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from fedge.chat import SHAPES, ChatFormat, Frame, Said, shapes_of, write_unchecked
-from fedge.errors import UnsupportedError
+from fedge.errors import DataError, UnsupportedError
 from quantize.chat_probes import ROLES, conversations
 from quantize.chat_template import ChatTemplate, TemplateRefused
 
@@ -28,10 +28,10 @@ def chat_format(template: str, tokens: Mapping[str, str], tokenizer: bytes, eos_
     """
     if not template:
         return None
-    model = ChatTemplate(template, tokens)
     try:
+        model = ChatTemplate(template, tokens)
         draft = _Reader(model, tokens).draft()
-    except (TemplateRefused, UnsupportedError) as error:
+    except (DataError, TemplateRefused, UnsupportedError) as error:
         return ChatFormat(frames={}, cannot={"conversation": str(error)})
     chat = _with_ends(draft, Tokenizer.from_str(tokenizer.decode()), eos_id)
     cannot, probes = _gate(model, chat)

@@ -101,6 +101,18 @@ def template_in(folder: Path, config: Mapping[str, Any]) -> str:
     return found if isinstance(found, str) else ""
 
 
+def tokens_in_gguf(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens of a GGUF's metadata by name."""
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    pieces = fields.get("tokenizer.ggml.tokens", ())
+    found = {}
+    for word, name in names.items():
+        number = fields.get(f"tokenizer.ggml.{word}_token_id")
+        if isinstance(number, int) and 0 <= number < len(pieces):
+            found[name] = str(pieces[number])
+    return found
+
+
 def tokens_in(config: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens of a tokenizer_config.json by name."""
     found = {}

@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 
 from fedge.errors import DataError, UnsupportedError
 from quantize import tokenizer as tokenizers
+from quantize.chat_template import tokens_in_gguf
 from quantize.formats import BLOCK, FORMATS, Parts, assemble, decode
 from quantize.source import Source, build_model, file_digest
 from quantize.supported import check_config, unsupported_architecture
@@ -79,6 +80,8 @@ def load_gguf(path: Path, *, licence: str = "") -> Source:
         eos_id=config.eos_token_id,
         pad_id=config.pad_token_id,
         exact=exact,
+        chat_template=str(fields.get("tokenizer.chat_template", "")),
+        template_tokens=tokens_in_gguf(fields),
     )
 
 

@@ -21,11 +21,13 @@ from fedge.io.model_source import ModelSource, resolve_model
 from quantize import tokenizer as tokenizers
 from quantize.formats import Parts
 from quantize.supported import check_config
+from quantize.chat_template import template_in, tokens_in
 
 _HUB_FILES: Final = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
+    "chat_template.jinja",
     "*.safetensors",
     "*.json",
     "README.md",
@@ -49,6 +51,8 @@ class Source:
     eos_id: int
     pad_id: int
     exact: dict[str, tuple[str, Parts]] = field(default_factory=dict)
+    chat_template: str = ""
+    template_tokens: dict[str, str] = field(default_factory=dict)  # special tokens that the template names
 
 
 def load(text: str) -> Source:
@@ -95,6 +99,7 @@ def _load_folder(folder: Path, *, name: str, licence: str) -> Source:
     vocabulary = _tokenizer_of(folder)
     tokenizers.check_ids(vocabulary, int(config["vocab_size"]))
     eos, pad = _end_and_pad(config, folder)
+    words = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     files = [folder / "config.json", folder / "tokenizer.json", *weights]
     return Source(
         model=_read_weights(folder),
@@ -105,6 +110,8 @@ def _load_folder(folder: Path, *, name: str, licence: str) -> Source:
         sha256=_digest_of(files),
         eos_id=eos,
         pad_id=pad,
+        chat_template=template_in(folder, words),
+        template_tokens=tokens_in(words),
     )
 
 

@@ -14,7 +14,7 @@ from fedge.chat import SHAPES, ChatFormat, Said, check, shapes_of, write
 from fedge.errors import DataError
 from quantize.chat import chat_format
 from quantize.chat_probes import conversations
-from quantize.chat_template import ChatTemplate, template_in, tokens_in
+from quantize.chat_template import ChatTemplate, template_in, tokens_in, tokens_in_gguf
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 EOS = SPECIAL.index("</s>")
@@ -138,7 +138,8 @@ def test_a_template_that_is_no_table_is_told_and_not_approximated(template: str)
 
 def test_a_template_that_cannot_be_read_is_refused() -> None:
     with pytest.raises(DataError, match="chat template cannot be read"):
-        table("{% for m in messages %}")
+        ChatTemplate("{% for m in messages %}", TOKENS)
+    assert "cannot be read" in table("{% for m in messages %}").cannot["conversation"]
     assert chat_format("", {}, b"", 0) is None
 
 
@@ -172,4 +173,6 @@ def test_where_a_template_and_its_tokens_are_found(tmp_path: Any) -> None:
     assert template_in(tmp_path, {}) == ""
     (tmp_path / "chat_template.jinja").write_text("file")
     assert template_in(tmp_path, named) == "file"
+    gguf = {"tokenizer.ggml.tokens": ["a", "<s>", "</s>"], "tokenizer.ggml.bos_token_id": 1}
+    assert tokens_in_gguf({**gguf, "tokenizer.ggml.eos_token_id": 2}) == TOKENS
     assert tokens_in({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}) == TOKENS
