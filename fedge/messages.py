@@ -53,8 +53,9 @@ class BlobRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a prompt and a completion become text. Only the placeholders {prompt} and {completion} are replaced.
+    """How what is said becomes text: kind `chat` writes conversations as the bundle's model wants them, whole.
 
+    Kind `text` takes each answer with what it answers; only the placeholders {prompt} and {completion} are replaced.
     A prompt longer than `prompt_chars_max` keeps its end; an empty one is `empty_prompt`.
     """
 
@@ -62,6 +63,7 @@ class Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     completion: Text = " {completion}"
     prompt_chars_max: Annotated[int, Meta(ge=1, le=100_000)] = 160
     empty_prompt: Text = "(start)"
+    kind: Literal["text", "chat"] = "text"
 
 
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
