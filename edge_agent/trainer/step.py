@@ -1,9 +1,10 @@
-"""One training step, streamed: the same two block graphs run layer after layer over the mapped weights.
+"""One training step, streamed: the same few block graphs run layer after layer over the mapped weights.
 
-Forward keeps only each block's input; backward computes a block again from it and returns the gradients of its B
-(activation checkpointing, Chen et al. 2016, arXiv 1604.06174). Every function here is a generator that yields after
-each run of a session, 10 to 30 ms apart, so that whoever drives it may pause for heat, battery or a stop. A step
-holds nothing worth saving: after a power cut it is done again.
+Forward keeps each block's input; backward computes a block again from it and returns the gradients of its adapter
+(activation checkpointing, Chen et al. 2016, arXiv 1604.06174). Where the plan keeps the products of a block's frozen
+matrices, too, they are not computed again. Every function here is a generator that yields after each run of a
+session, 10 to 30 ms apart, so that whoever drives it may pause for heat, battery or a stop. A step holds nothing
+worth saving: after a power cut it is done again.
 """
 
 from __future__ import annotations
@@ -11,63 +12,87 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
+from edge_agent.planner import Plan
+from edge_agent.trainer.batch import BatchArrays, label_count
+from edge_agent.trainer.checkpoints import Checkpoints, Filed, Half, Plain
 from edge_agent.trainer.head import Head, HeadResult
 from edge_agent.trainer.sessions import Floats, Graph, Tensor
-from fedge.errors import ConfigError, DataError
+from fedge.errors import DataError
 
 Ints = NDArray[np.int64]
-_NOTHING: Final = np.zeros(0, np.float32)
+_FIRST_PAYS_BELOW: Final = (
+    9  # trained layers: one more session costs 2 MB and saves a tenth of one block's way back
+)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`loss_sum` in nats over `labels` tokens; `gradients` of the *mean* loss, by name of each B that trains."""
+    """`loss_sum` in nats over `labels` tokens; `gradients` of the *mean* loss, by name of each A and B that trains.
+
+    There are none when the loss is not finite.
+    """
 
     loss_sum: float
     labels: int
     gradients: dict[str, Floats]
 
 
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """What the way back needs of the way there."""
+
+    checkpoints: Checkpoints
+    kept: dict[int, dict[str, Floats]]
+
+
 class Streamer:
-    """The bundle's graphs and the loop over its blocks."""
+    """The bundle's graphs and the loop over its blocks. `folder` is where a plan may keep checkpoints in a file."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
-        def graph(name: str) -> Graph:
-            return Graph(bundle.graph(name), threads)
-
-        self._bundle = bundle
-        self._prologue, self._forward, self._backward = map(graph, ("prologue", "block_fwd", "block_bwd"))
-        self._norm, self._norm_backward = graph("norm_fwd"), graph("norm_bwd")
-        self._head = Head(bundle, graph("rows"), graph("ce"))
-        names = bundle.manifest.tensors
+    def __init__(self, bundle: Bundle, threads: int, plan: Plan, folder: Path) -> None:
+        self._bundle, self._threads, self._plan = bundle, threads, plan
+        self._graphs: dict[str, Graph] = {}
+        manifest = bundle.manifest
+        self._depth = manifest.layers
+        names = manifest.tensors
         self._outer = [name for name in names if not _layer_of(name)]
-        self._layers = [
-            [name for name in names if _layer_of(name) == f"L{i}"] for i in range(bundle.manifest.layers)
-        ]
+        self._layers = [[name for name in names if _layer_of(name) == f"L{i}"] for i in range(self._depth)]
         self._spans = [bundle.span(layer) for layer in self._layers]
-        self._b_gradients = tuple(name for name in self._backward.outputs if name.endswith(".B"))
+        self._head = Head(bundle, self._graph("rows"), self._graph("ce"))
+        self._filed = Filed(folder, self._depth) if plan.checkpoints == "file" else None
+        for name in ("prologue", "block_fwd", "block_bwd", "norm_fwd", "norm_bwd"):
+            if name != "block_bwd" or plan.keep < self._depth:
+                self._graph(name)
+        if plan.keep:
+            self._graph("block_fwd_keep")
+            self._graph("block_bwd_keep")
 
     def features(
-        self, ids: Ints, mask: Ints, adapter: Mapping[str, Floats], kept: dict[int, Floats] | None = None
-    ) -> Generator[None, None, tuple[Floats, dict[str, Floats]]]:
-        """The last block's output [B, S, D] and the aux tensors; `kept` gets the input of each block that it names."""
-        outer = self._tensors(self._outer)
-        aux = self._prologue.run({"input_ids": ids, "attention_mask": mask, **outer})
+        self, ids: Ints, mask: Ints, adapter: Mapping[str, Floats], trained: range = range(0)
+    ) -> Generator[None, None, tuple[Floats, dict[str, Floats], _Forward]]:
+        """The last block's output [B, S, D], the aux tensors, and what the way back through `trained` needs."""
+        forward = _Forward(self._checkpoints(), {})
+        aux = self._graph("prologue").run({"input_ids": ids, "attention_mask": mask, **self._outside()})
         x = aux.pop("x")
         yield
-        for i in range(self._bundle.manifest.layers):
-            if kept is not None and i in kept:
-                kept[i] = x
-            x = self._forward.run({"x": x, **aux, **self._block(i, adapter)}, ("y",))["y"]
+        for i in range(self._depth):
+            keeps = i in trained and i >= self._depth - self._plan.keep
+            if i in trained:
+                forward.checkpoints.put(i, x)
+            graph = self._graph("block_fwd_keep" if keeps else "block_fwd")
+            out = graph.run({"x": x, **self._block(i, aux, adapter)})
+            x = out.pop("y")
+            if keeps:
+                forward.kept[i] = out
             self._bundle.let_go(self._spans[i])
             yield
-        return x, aux
+        return x, aux, forward
 
     def losses(
         self, ids: Ints, mask: Ints, labels: Ints, adapter: Mapping[str, Floats]
@@ -75,36 +100,38 @@ class Streamer:
         """The loss in nats of every label, in reading order; empty when there is none."""
         if not (labels >= 0).any():
             return np.zeros(0, np.float32)
-        h, _ = yield from self.features(ids, mask, adapter)
+        h, _, _ = yield from self.features(ids, mask, adapter)
         result, _ = yield from self._loss(h, labels)
         return result.nll
 
     def step(
-        self, ids: Ints, mask: Ints, labels: Ints, adapter: Mapping[str, Floats], depth: int = 0
+        self, batch: BatchArrays, adapter: Mapping[str, Floats], lowest: int = 0, of_labels: int = 0
     ) -> Generator[None, None, StepResult]:
-        """Loss of a batch, and its gradients in the top `depth` layers, 0 = all: the way back ends there.
+        """Loss of a batch, and its gradients in the layers from `lowest` up: the way back ends there.
 
-        Raises DataError without a label, ConfigError when not finite.
+        The mean is over the batch's own labels, or over `of_labels`, of which this is a part. Raises DataError
+        without a label.
         """
-        count = int((labels >= 0).sum())
+        count, labels = label_count(batch), batch.labels
         if count == 0:
             raise DataError("batch has no label", field="labels", value=0, hint="Leave such batches out")
-        layers = self._bundle.manifest.layers
-        trained = range(layers - min(depth or layers, layers), layers)
-        kept = dict.fromkeys(trained, _NOTHING)
-        h, aux = yield from self.features(ids, mask, adapter, kept)
+        trained = range(lowest, self._depth)
+        h, aux, forward = yield from self.features(batch.ids, batch.mask, adapter, trained)
         result, gradient = yield from self._loss(h, labels)
         loss_sum = float(result.nll.sum(dtype=np.float64))
-        require_finite("loss", loss_sum)
-        gradient /= np.float32(count)
-        norm = self._tensors(self._outer)
-        g = self._norm_backward.run({"h": h, "gf": gradient, **norm})["gh"]
+        if not np.isfinite(loss_sum):
+            return StepResult(loss_sum, count, {})
+        gradient /= np.float32(of_labels or count)
+        g = self._graph("norm_bwd").run({"h": h, "gf": gradient, **self._outside()})["gh"]
         yield
         gradients: dict[str, Floats] = {}
         for i in reversed(trained):
-            feeds = {"x": kept.pop(i), "gy": g, **aux, **self._block(i, adapter)}
-            out = self._backward.run(feeds, ("gx", *self._b_gradients))
-            g = out.pop("gx")
+            kept = forward.kept.pop(i, {})
+            graph = self._backward(i, lowest, keeps=bool(kept))
+            out = graph.run(
+                {"x": forward.checkpoints.take(i), "gy": g, **kept, **self._block(i, aux, adapter)}
+            )
+            g = out.pop("gx", g)
             gradients.update((f"L{i}/{name.removeprefix('g:')}", value) for name, value in out.items())
             self._bundle.let_go(self._spans[i])
             yield
@@ -117,47 +144,69 @@ class Streamer:
         shapes of a ragged data set leave 10 to 20 MB of holes. Met largest first, none.
         """
         ids = np.zeros((rows, tokens), np.int64)
-        outer, block = self._tensors(self._outer), self._block(0, adapter)
-        aux = self._prologue.run({"input_ids": ids, "attention_mask": np.ones_like(ids), **outer})
+        outer = self._outside()
+        aux = self._graph("prologue").run({"input_ids": ids, "attention_mask": np.ones_like(ids), **outer})
         x = aux.pop("x")
-        h = self._forward.run({"x": x, **aux, **block}, ("y",))["y"]
-        flat = self._norm.run({"h": h, **outer})["f"].reshape(ids.size, -1)
-        next(islice(self._head.run(flat, ids.reshape(-1)), 1, None))
-        g = self._norm_backward.run({"h": h, "gf": flat.reshape(h.shape), **outer})["gh"]
-        self._backward.run({"x": x, "gy": g, **aux, **block}, ("gx", *self._b_gradients))
+        block = self._block(0, aux, adapter)
+        keep = "_keep" if self._plan.keep else ""
+        out = self._graph(f"block_fwd{keep}").run({"x": x, **block})
+        h = out.pop("y")
+        flat = self._graph("norm_fwd").run({"h": h, **outer})["f"].reshape(ids.size, -1)
+        next(islice(self._head.run(flat, ids.reshape(-1), self._plan.head_rows), 1, None))
+        g = self._graph("norm_bwd").run({"h": h, "gf": flat.reshape(h.shape), **outer})["gh"]
+        del flat, h
+        if self._plan.keep < self._depth:
+            self._graph("block_bwd").run({"x": x, "gy": g, **block})
+        else:
+            self._graph("block_bwd_keep").run({"x": x, "gy": g, **out, **block})
         self._bundle.let_go(self._spans[0])
 
     def _loss(self, h: Floats, labels: Ints) -> Generator[None, None, tuple[HeadResult, Floats]]:
         """Losses at the labels, and the gradient of their sum by the final features [B, S, D]."""
-        f = self._norm.run({"h": h, **self._tensors(self._outer)})["f"]
+        f = self._graph("norm_fwd").run({"h": h, **self._outside()})["f"]
         yield
-        at = np.flatnonzero(labels.reshape(-1) >= 0)
-        flat = f.reshape(-1, f.shape[-1])
-        result = yield from self._head.run(flat[at], labels.reshape(-1)[at])
-        gradient = np.zeros_like(flat)
+        at, shape = np.flatnonzero(labels.reshape(-1) >= 0), f.shape
+        chosen = f.reshape(-1, shape[-1])[at]
+        del f
+        result = yield from self._head.run(chosen, labels.reshape(-1)[at], self._plan.head_rows)
+        gradient = np.zeros((labels.size, shape[-1]), np.float32)
         gradient[at] = result.gradient
-        return result, gradient.reshape(f.shape)
+        return result, gradient.reshape(shape)
 
-    def _block(self, i: int, adapter: Mapping[str, Floats]) -> dict[str, Tensor]:
-        prefix = f"L{i}/"
-        feeds = {name.removeprefix(prefix): self._bundle.tensor(name) for name in self._layers[i]}
-        for name in self._forward.inputs:
-            if prefix + name in adapter:
-                feeds[name] = adapter[prefix + name]
+    def _backward(self, i: int, lowest: int, *, keeps: bool) -> Graph:
+        if keeps:
+            return self._graph("block_bwd_keep")
+        first = "block_bwd_first.onnx" in self._bundle.manifest.files
+        if i == lowest and first and self._depth - lowest < _FIRST_PAYS_BELOW:
+            return self._graph("block_bwd_first")
+        return self._graph("block_bwd")
+
+    def _block(self, i: int, aux: Mapping[str, Floats], adapter: Mapping[str, Floats]) -> dict[str, Tensor]:
+        """What the block of layer i reads beside x: weights, its A and B, and the aux tensors of its kind."""
+        prefix, kinds = f"L{i}/", self._bundle.manifest.layer_kinds
+        feeds: dict[str, Tensor] = {name: value for name, value in aux.items() if "@" not in name}
+        if kinds:
+            of_kind = f"@{kinds[i]}"
+            feeds |= {n.removesuffix(of_kind): v for n, v in aux.items() if n.endswith(of_kind)}
+        feeds |= {name.removeprefix(prefix): self._bundle.tensor(name) for name in self._layers[i]}
+        feeds |= {name.removeprefix(prefix): v for name, v in adapter.items() if name.startswith(prefix)}
         return feeds
 
-    def _tensors(self, names: list[str]) -> dict[str, Tensor]:
-        return {name: self._bundle.tensor(name) for name in names}
+    def _checkpoints(self) -> Checkpoints:
+        if self._filed is not None:
+            return self._filed
+        return Half() if self._plan.checkpoints == "half" else Plain()
 
+    def _outside(self) -> dict[str, Tensor]:
+        return {name: self._bundle.tensor(name) for name in self._outer}
 
-def require_finite(what: str, value: float) -> None:
-    """Raises ConfigError when training has left the finite numbers."""
-    if not np.isfinite(value):
-        raise ConfigError(
-            "training diverged", field=what, value=value, hint="Lower the learning rate of the campaign"
-        )
+    def _graph(self, name: str) -> Graph:
+        """The session of a graph, loaded when it is first asked for."""
+        if name not in self._graphs:
+            self._graphs[name] = Graph(self._bundle.graph(name), self._threads)
+        return self._graphs[name]
 
 
 def _layer_of(name: str) -> str:
     head, slash, _ = name.partition("/")
-    return head if slash else ""
+    return head if slash and head != "dense" else ""

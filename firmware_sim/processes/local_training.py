@@ -133,7 +133,8 @@ def _gradient(number: int, offset: int, vector: Vector, device: str) -> LocalWor
     trainer = _desk().trainer
     batch = next(islice(_batches(device, number), offset, None))
     step = trainer.loss_and_gradients(batch, trainer.layout.split(vector))
-    return LocalWork(trainer.layout.join(step.gradients), step.loss_sum, step.labels, len(batch.ids))
+    gradient = trainer.layout.join({name: step.gradients[name] for name in trainer.layout.shapes})
+    return LocalWork(gradient, step.loss_sum, step.labels, len(batch.ids))
 
 
 def _delta(number: int, vector: Vector, device: str) -> LocalWork:

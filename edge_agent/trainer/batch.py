@@ -1,0 +1,50 @@
+"""What a batch must have, and the pieces of it that fit a board's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+class BatchArrays(Protocol):
+    """int64 [B, S] each; `labels` shifted, negative where nothing is learnt."""
+
+    @property
+    def ids(self) -> Ints: ...
+    @property
+    def mask(self) -> Ints: ...
+    @property
+    def labels(self) -> Ints: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows of a batch, without the columns that are padding in all of them."""
+
+    ids: Ints
+    mask: Ints
+    labels: Ints
+
+
+def label_count(batch: BatchArrays) -> int:
+    """How many positions have a label."""
+    return int((batch.labels >= 0).sum())
+
+
+def pieces(batch: BatchArrays, rows: int) -> Iterator[BatchArrays]:
+    """`rows` rows at a time, 0 = the batch as it is; rows without a label are nobody's piece."""
+    if rows <= 0 or rows >= len(batch.ids):
+        yield batch
+        return
+    for at in range(0, len(batch.ids), rows):
+        cut = slice(at, at + rows)
+        ids, mask, labels = batch.ids[cut], batch.mask[cut], batch.labels[cut]
+        if (labels >= 0).any():
+            width = int(np.flatnonzero(mask.any(axis=0)).max(initial=0)) + 1
+            yield Piece(ids[:, :width], mask[:, :width], labels[:, :width])

@@ -1,0 +1,129 @@
+"""An open bundle that trains and evaluates: sessions, the frozen A of a campaign, and the plan for this board."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.bundle import Bundle
+from edge_agent.planner import Plan
+from edge_agent.trainer.batch import BatchArrays, label_count, pieces
+from edge_agent.trainer.evaluate import by_row
+from edge_agent.trainer.sessions import check_runtime
+from edge_agent.trainer.step import StepResult, Streamer
+from fedge.errors import ConfigError, DataError
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+T = TypeVar("T")
+
+
+class Trainer:
+    """Ready to train and to evaluate. Not for use by several threads.
+
+    `pause` is called after every run of a session, 10 to 30 ms apart: it may sleep, or raise to stop. `plan` says
+    how a step is carried out in the memory that there is (`edge_agent.planner`); it changes no result but by the
+    order of additions, and by rounding where it says so. `folder` is where a plan may keep checkpoints in a file.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int = 1,
+        *,
+        a_seed: bytes = bytes(16),
+        pause: Callable[[], None] | None = None,
+        plan: Plan | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        check_runtime(bundle.manifest.runtime_min)
+        self.layout, self.manifest = bundle.layout, bundle.manifest
+        self._pause, self._plan = pause, plan or Plan()
+        self._seed: bytes | None = None
+        if threads < 1:  # to the runtime, 0 would mean all processors
+            raise ConfigError("thread count must be at least 1", field="threads", value=threads)
+        self._streamer = Streamer(bundle, threads, self._plan, folder or Path(tempfile.gettempdir()))
+        self.freeze_a(a_seed)
+
+    def freeze_a(self, seed: bytes) -> None:
+        """Take A from this public 16-byte seed. Raises DataError for another length."""
+        if seed != self._seed:
+            self._seed, self._a = seed, self.layout.frozen(seed)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Takes the memory of a step on `rows` x `tokens` now, so that no later batch up to that size takes more."""
+        zero = {name: np.zeros(shape, np.float32) for name, shape in self.layout.shapes.items()}
+        self._streamer.reserve(min(rows, self._plan.rows or rows), tokens, self._fed(zero))
+
+    def steps(
+        self, batch: BatchArrays, adapter: Mapping[str, Floats], depth: int = 0
+    ) -> Generator[None, None, StepResult]:
+        """`loss_and_gradients` in pieces, for a driver of its own."""
+        total, fed = label_count(batch), self._fed(adapter)
+        if total == 0:
+            raise DataError("batch has no label", field="labels", value=0, hint="Leave such batches out")
+        self._check(batch)
+        layers = self.layout.layers
+        lowest, loss_sum, sums = layers - min(depth or layers, layers), 0.0, dict[str, Floats]()
+        for piece in pieces(batch, self._plan.rows):
+            result = yield from self._streamer.step(piece, fed, lowest, total)
+            loss_sum += result.loss_sum
+            if not result.gradients:
+                return StepResult(loss_sum, total, {})
+            for name, gradient in result.gradients.items():
+                sums[name] = sums[name] + gradient if name in sums else gradient
+        return StepResult(loss_sum, total, self.layout.taken(sums))
+
+    def loss_and_gradients(
+        self, batch: BatchArrays, adapter: Mapping[str, Floats], depth: int = 0
+    ) -> StepResult:
+        """Loss sum, label count and gradients of the mean loss in the top `depth` layers, 0 = all.
+
+        `adapter` has every B, and an A that is to take the frozen one's place. Raises DataError.
+        """
+        return self._drain(self.steps(batch, adapter, depth))
+
+    def row_losses(
+        self, batch: BatchArrays, adapter: Mapping[str, Floats]
+    ) -> tuple[NDArray[np.float64], Ints]:
+        """For each of the B rows: the sum of its losses in nats, and how many labels it has. Raises DataError."""
+        self._check(batch)
+        nll = self._drain(self._streamer.losses(batch.ids, batch.mask, batch.labels, self._fed(adapter)))
+        return by_row(nll, batch.labels)
+
+    def _fed(self, adapter: Mapping[str, Floats]) -> dict[str, Floats]:
+        return self.layout.fed({**self._a, **adapter})
+
+    def _check(self, batch: BatchArrays) -> None:
+        """What would read outside of a table deep in a graph, or wrap around there, is refused here by name."""
+        longest, vocabulary = batch.ids.shape[1], self.manifest.vocabulary
+        if longest > self.manifest.positions_max:
+            raise DataError(
+                "text is longer than the model has positions",
+                field="tokens",
+                value=longest,
+                hint=f"The model takes {self.manifest.positions_max}",
+            )
+        for name, values in (("ids", batch.ids), ("labels", batch.labels)):
+            if values.size and (values.max() >= vocabulary or (name == "ids" and values.min() < 0)):
+                raise DataError(
+                    "token is not in the vocabulary",
+                    field=name,
+                    value=int(values.max()),
+                    hint=f"{vocabulary} tokens",
+                )
+
+    def _drain(self, work: Generator[None, None, T]) -> T:
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            if self._pause is not None:
+                self._pause()
