@@ -39,6 +39,6 @@ def ready_in(envelope: bytes) -> Ready:
 
 @lru_cache(maxsize=64)
 def mask_roster_in(envelope: bytes) -> tuple[tuple[bytes, bool], ...]:
-    """(prekey, has AES instructions) of every member by position, from an OPEN whose READYs `checks.roster` verified."""
+    """(prekey, has AES instructions) of every member by position; `checks.roster` has verified the OPEN's READYs."""
     readys = map(ready_in, open_in(envelope)[0].roster)
     return tuple((ready.prekey, ready.facts.aes) for ready in readys)

@@ -12,6 +12,7 @@ formation, which is signed and logged: two devices that were shown different par
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -55,7 +56,7 @@ def transfer_seconds(ready: Ready, size: int) -> float:
 
 def bucket(value: float, edges: Sequence[float]) -> int:
     """How many of the rising `edges` are reached."""
-    return sum(value >= edge for edge in edges)
+    return bisect_right(edges, value)
 
 
 # ---------------------------------------------------------------- what a hub does

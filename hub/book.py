@@ -237,6 +237,7 @@ class Book:
         self._serial = count()
         self._boards: dict[str, str] = {}
         self._slots: dict[int, list[Contact]] = {}  # whose silence is looked at when
+        self._looked_until = -1.0  # slots before this have been looked at
         self._load(list(rows))
 
     # ------------------------------------------------------------ rows
@@ -354,8 +355,14 @@ class Book:
 
     def _fallen_silent(self, now: float) -> list[Contact]:
         """The waiting devices that were not heard for too long, once each."""
-        found = []
-        for slot in sorted(slot for slot in self._slots if (slot + 1) * _SLOT_SECONDS <= now):
+        found: list[Contact] = []
+        over = (
+            now // _SLOT_SECONDS
+        )  # the first slot that is not over; of most ticks the one of the tick before
+        if over == self._looked_until:
+            return found
+        self._looked_until = over
+        for slot in sorted(slot for slot in self._slots if slot < over):
             for contact in self._slots.pop(slot):
                 contact.watched = False
                 if contact.envelope and contact.here:

@@ -6,6 +6,7 @@ somebody asks (`hub.server`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -142,11 +143,11 @@ def _in_round(contact: Contact, bloc: BlocState) -> str:
     missing = bloc.current.missing if bloc.current is not None else ()
     if contact.device in missing:
         return WORKING if contact.here else "absent"
-    return _waiting_for(list(missing))
+    return _waiting_for(len(missing), missing)
 
 
-def _waiting_for(members: list[str]) -> str:
-    return f"waiting for {members[0]}" if len(members) == 1 else f"waiting for {len(members)} members"
+def _waiting_for(count: int, members: Iterable[str]) -> str:
+    return f"waiting for {next(iter(members))}" if count == 1 else f"waiting for {count} members"
 
 
 # ---------------------------------------------------------------- blocs
@@ -186,7 +187,8 @@ def _bloc_state(hub: Hub, now: float, bloc: BlocState) -> str:
     if bloc.done:
         return "rounds done"
     if not bloc.whole:
-        return _waiting_for([one for one in row.members if not hub.counts(one, campaign)])
+        members = (one for one in row.members if not hub.counts(one, campaign))
+        return _waiting_for(len(row.members) - bloc.ready, members)
     if campaign.row.starving:
         return "starving"
     if now < bloc.rested_at:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Final
 
 from fedge import topics
@@ -215,6 +216,7 @@ def quiet_from(days: float) -> float:
     return days * DAY - min(QUIET_SHARE * days * DAY, QUIET_SECONDS_MAX)
 
 
+@lru_cache(maxsize=4_096)
 def number_of(topic: str) -> int:
     """The number of the device whose topic this is; that of the hub when it is no device's."""
     name = topics.device_of(topic)

@@ -70,16 +70,14 @@ class Thermal:
             left -= part.seconds
         return self.celsius
 
-    def work_seconds(self, now: float, ambient: float, seconds: float) -> float:
-        """How long work of `seconds` at full speed takes from `now` on, under full load and idle until then."""
-        return self._work(now, ambient, seconds)[0]
+    def work(self, now: float, ambient: float, seconds: float) -> tuple[float, float]:
+        """How long work of `seconds` at full speed takes from `now` on, and how much of that below full speed.
 
-    def throttled_seconds(self, now: float, ambient: float, seconds: float) -> float:
-        """How much of `work_seconds` passes below full speed."""
-        return self._work(now, ambient, seconds)[1]
-
-    def _work(self, now: float, ambient: float, seconds: float) -> tuple[float, float]:
+        Under full load; idle until then.
+        """
         self.settle(now, ambient, 0.0)
+        if self.celsius < self.throttle_celsius and ambient + self.idle + self.rise <= self.throttle_celsius:
+            return seconds, 0.0
         wall = throttled = 0.0
         for part in self._course(ambient, 1.0):
             length = min(part.seconds, seconds / part.speed)

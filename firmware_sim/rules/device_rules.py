@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, NoReturn
+from operator import attrgetter, lt
+from typing import Any, Final, NoReturn
 
 from edge_agent import effects
 from edge_agent.effects import AgentState
@@ -22,6 +23,7 @@ from firmware_sim.faults.tampering import tag
 Fail = Callable[[str, str], NoReturn]
 Fate = Callable[[bytes], str]  # transcript -> "open", "opened", "sat-out", or empty: as durable at the hub
 _GROWING: Final = ("boot", "counter", "sequence", "rounds_opened")
+_growing: Final = attrgetter(*_GROWING)
 NEVER: Final = AgentState()
 
 
@@ -48,6 +50,14 @@ class DeviceRules:
     def __init__(self, fail: Fail, fate: Fate, floor: Callable[[str], int]) -> None:
         self._fail, self._fate, self._floor = fail, fate, floor
         self.devices: dict[str, DeviceMemory] = {}
+        self._judges: dict[type, Callable[[str, DeviceMemory, Any], None]] = {
+            effects.Save: self._saved,
+            effects.Publish: self._published,
+            effects.SendChunk: self._sends,
+            effects.Seal: self._seals,
+            effects.KeepCarry: self._keeps,
+            effects.DropCarry: self._drops,
+        }
 
     def memory(self, device: str) -> DeviceMemory:
         """What was seen of `device` so far."""
@@ -58,33 +68,23 @@ class DeviceRules:
 
     def carried_out(self, at: float, device: str, effect: object) -> None:
         """Judges one effect of a device, after it was carried out at time `at`."""
-        memory = self.memory(device)
-        match effect:
-            case effects.Save():
-                running = memory.transcript
-                self._saved(device, memory, effect.state)
-                if memory.transcript != running:
-                    memory.since = at
-            case effects.Publish():
-                self._published(device, memory, effect)
-            case effects.SendChunk():
-                if (effect.transcript, effect.digest) != (memory.transcript, memory.state.report):
-                    self._fail(
-                        "report-before-chunk", f"{device} sent a chunk of a report that is not durable"
-                    )
-            case effects.Seal():
-                self._seals(device, memory, effect)
-            case effects.KeepCarry():
-                self._keeps(device, memory, effect.transcript)
-            case effects.DropCarry():
-                self._drops(device, memory, effect.transcript)
+        judge = self._judges.get(type(effect))
+        if judge is not None:
+            memory = self.memory(device)
+            running = memory.transcript
+            judge(device, memory, effect)
+            if memory.transcript != running:
+                memory.since = at
 
     # ------------------------------------------------------------ the durable state
-    def _saved(self, device: str, memory: DeviceMemory, new: AgentState) -> None:
-        old, memory.state = memory.state, new
-        for name in _GROWING:
-            if getattr(new, name) < getattr(old, name):
-                self._fail("goes-back", f"{name} of {device}: {getattr(old, name)} -> {getattr(new, name)}")
+    def _saved(self, device: str, memory: DeviceMemory, effect: effects.Save) -> None:
+        old, new = memory.state, effect.state
+        memory.state = new
+        if any(map(lt, _growing(new), _growing(old))):
+            for name in _GROWING:
+                if getattr(new, name) < getattr(old, name):
+                    text = f"{name} of {device}: {getattr(old, name)} -> {getattr(new, name)}"
+                    self._fail("goes-back", text)
         if new.card == old.card:
             if old.card and new.last_round < old.last_round:
                 self._fail("goes-back", f"round of {device}: {old.last_round} -> {new.last_round}")
@@ -108,6 +108,10 @@ class DeviceRules:
             self._fail("accepted", f"{device} forgot that its report was accepted")
 
     # ------------------------------------------------------------ what leaves the device
+    def _sends(self, device: str, memory: DeviceMemory, effect: effects.SendChunk) -> None:
+        if (effect.transcript, effect.digest) != (memory.transcript, memory.state.report):
+            self._fail("report-before-chunk", f"{device} sent a chunk of a report that is not durable")
+
     def _published(self, device: str, memory: DeviceMemory, effect: effects.Publish) -> None:
         if effect.payload is memory.state.ready or effect.topic != topics.control(device):
             return
@@ -135,7 +139,8 @@ class DeviceRules:
         memory.recipes[effect.transcript] = effect.codec, effect.entropy
 
     # ------------------------------------------------------------ what becomes of the work
-    def _keeps(self, device: str, memory: DeviceMemory, transcript: bytes) -> None:
+    def _keeps(self, device: str, memory: DeviceMemory, effect: effects.KeepCarry) -> None:
+        transcript = effect.transcript
         if self._fate(transcript) == "opened":
             self._fail("counted-twice", f"{device} carries an update that was opened")
         memory.recipes.pop(transcript, None)
@@ -145,7 +150,8 @@ class DeviceRules:
         elif not memory.carried:
             memory.carried = frozenset({transcript})  # at most: it may not have been trained
 
-    def _drops(self, device: str, memory: DeviceMemory, transcript: bytes) -> None:
+    def _drops(self, device: str, memory: DeviceMemory, effect: effects.DropCarry) -> None:
+        transcript = effect.transcript
         if self._fate(transcript) == "sat-out":
             self._fail("lost-work", f"{device} erases work of a round that sat out")
         memory.carried = frozenset()

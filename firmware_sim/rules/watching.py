@@ -53,6 +53,7 @@ class WatchedWorld:
         self._suspects: dict[
             int, tuple[int, bytes]
         ] = {}  # device -> its connection and round at the last look
+        self._names = [name_of(device.number) for device in world.devices]
         for kind in (*_DEVICE_EFFECTS, *_HUB_EFFECTS):
             world.watch(kind, self._carried_out)
 
@@ -60,7 +61,7 @@ class WatchedWorld:
         if number == HUB:
             self.invariants.hub(effect)
         else:
-            self.invariants.device(name_of(number), effect)
+            self.invariants.device(self._names[number], effect)
         if world.now >= self._look_at:
             self._look_at = world.now + LOOK_SECONDS
             self._look()

@@ -210,7 +210,7 @@ class Lawless:
         parts, size = self._devices[number].parts, self._task.numbers * _LITTLE.itemsize
         down = parts.link.latency() + parts.link.transfer_seconds(now, size, up=False)
         work = self._steps * self._task.step_tokens / parts.tokens_per_second
-        training = parts.thermal.work_seconds(now + down, parts.ambient(now), work)
+        training = parts.thermal.work(now + down, parts.ambient(now), work)[0]
         up = parts.link.latency() + parts.link.transfer_seconds(now + down + training, size, up=True)
         whole = down + training + up
         ended = min(self._devices[number].left(now), self._devices[number].cut_within(now, whole))

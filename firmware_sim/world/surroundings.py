@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from edge_agent.conditions import BATTERY_SECONDS, STAY_STEPS, Reading, judge
 from edge_agent.effects import Conditions, Train
 from edge_agent.policy import Policy
+from fedge.formation import bucket
 from firmware_sim.parts.hours import DAY, HOUR, until
 from firmware_sim.parts.owner import absence_seconds, actions, edited
 from firmware_sim.scenario import Presence
@@ -205,8 +206,10 @@ class Surroundings:
             yield parts.battery.next_change(world.now, hour, self._watts(device), levels)
         if device.agent is None or device.told is None:
             return
-        up, stay = world.now - device.up_since, device.told.stay_seconds
-        yield from (step - up for step in STAY_STEPS if step > max(up, stay))
+        up = world.now - device.up_since
+        step = bucket(max(up, device.told.stay_seconds), STAY_STEPS)
+        if step < len(STAY_STEPS):
+            yield STAY_STEPS[step] - up
         if parts.policy.hours:
             yield from self._policy_changes(parts.policy, hour)
         if parts.policy.bytes_per_day_max:

@@ -76,8 +76,7 @@ class Work:
         seconds = effect.steps * task.step_tokens * share / parts.tokens_per_second
         ambient = world.surroundings.ambient(device)
         seconds *= world.slowness(device.number)
-        wall = parts.thermal.work_seconds(world.now, ambient, seconds)
-        throttled = parts.thermal.throttled_seconds(world.now, ambient, seconds)
+        wall, throttled = parts.thermal.work(world.now, ambient, seconds)
         self._begin(device, Job(effect, world.now, wall, throttled))
         world.recorder.begun(device)
         world.surroundings.load_changed(device)

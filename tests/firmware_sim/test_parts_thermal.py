@@ -53,11 +53,11 @@ def test_settling_is_what_small_steps_come_to(
 @settings(max_examples=40, deadline=None)
 @given(boards, st.floats(-10.0, 60.0), st.floats(5.0, 60.0))
 def test_work_takes_as_long_as_small_steps_need(part: Thermal, ambient: float, seconds: float) -> None:
-    wall = part.work_seconds(0.0, ambient, seconds)
+    wall = part.work(0.0, ambient, seconds)[0]
     _, work = stepped(part, part.celsius, ambient, 1.0, wall)
     assert work == pytest.approx(seconds, rel=0.02, abs=0.05)
     assert seconds - 1e-9 <= wall <= seconds / SPEEDS[-1] + 1e-6
-    assert 0.0 <= part.throttled_seconds(0.0, ambient, seconds) <= wall + 1e-9
+    assert 0.0 <= part.work(0.0, ambient, seconds)[1] <= wall + 1e-9
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,14 +79,14 @@ def test_a_throttled_board_settles_where_heat_and_cooling_balance() -> None:
     assert part.hot
     balance = (80.5 - 35.0) / 60.0  # between the heat of 0.9 and that of 0.8
     speed = 0.8 + 0.1 * (balance - 0.64) / (0.81 - 0.64)
-    assert part.work_seconds(3_600.0, 25.0, 600.0) == pytest.approx(600.0 / speed)
-    assert part.throttled_seconds(3_600.0, 25.0, 600.0) == part.work_seconds(3_600.0, 25.0, 600.0)
+    assert part.work(3_600.0, 25.0, 600.0)[0] == pytest.approx(600.0 / speed)
+    assert part.work(3_600.0, 25.0, 600.0)[1] == part.work(3_600.0, 25.0, 600.0)[0]
 
 
 def test_a_cool_board_works_at_full_speed_and_asking_changes_nothing() -> None:
     part = Thermal(30.0, 20.0, LIMIT, 10.0, 25.0)
-    assert part.work_seconds(100.0, 25.0, 500.0) == 500.0
-    assert part.throttled_seconds(100.0, 25.0, 500.0) == 0.0
+    assert part.work(100.0, 25.0, 500.0)[0] == 500.0
+    assert part.work(100.0, 25.0, 500.0)[1] == 0.0
     assert part.celsius == 35.0
 
 
@@ -103,10 +103,10 @@ def test_boards_are_ordered_as_measured_and_a_bare_pi5_throttles_but_none_with_a
     assert speeds == sorted(speeds)
     assert not any(BOARDS[name].aes for name in ("zero2w", "pi3", "pi4"))
     for made in BOARDS.values():
-        work = {where: thermal(made, where, 22.0).work_seconds(0.0, 22.0, 900.0) for where in ENCLOSURES}
+        work = {where: thermal(made, where, 22.0).work(0.0, 22.0, 900.0)[0] for where in ENCLOSURES}
         assert work["fan"] == 900.0
         assert work["open"] >= work["heatsink"] >= work["fan"]
-    assert thermal(BOARDS["pi5"], "open", 22.0).work_seconds(0.0, 22.0, 900.0) > 1_300.0
+    assert thermal(BOARDS["pi5"], "open", 22.0).work(0.0, 22.0, 900.0)[0] > 1_300.0
 
 
 def test_an_unknown_board_is_named_with_the_nearest_one() -> None:
