@@ -1,7 +1,8 @@
 """A device bundle on disk: verified first, then mapped, then read tensor by tensor.
 
 The rule: the signature is checked before the manifest is believed, every file's SHA-256 before any of them is
-opened for use, and every tensor's place before the weights are mapped. Weights are clean pages of one file: the
+opened for use, what every graph would do before a runtime gets it, and every tensor's place before the weights are
+mapped. Weights are clean pages of one file: the
 kernel may drop them at any time, and `let_go` drops those of a layer at once, so that a device holds in memory
 what it is computing with and not the whole model.
 """
@@ -18,6 +19,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.bundle_audit import GRAPH_SUFFIX, check_graph_file
 from edge_agent.jobs import VerifiedStamp
 from fedge.errors import IntegrityError, NoInputError, StorageError, UnsupportedError
 from fedge.limits import MANIFEST_BYTES_MAX
@@ -115,7 +117,10 @@ def open_bundle(
     if verified != stamp:
         for name, entry in manifest.files.items():
             _check_hash(folder / name, entry)
-    _check_places(manifest)
+        for name in manifest.files:
+            if name.endswith(GRAPH_SUFFIX):
+                check_graph_file(folder, name, manifest)
+    check_places(manifest)
     with (folder / WEIGHTS).open("rb") as stream:
         weights = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     return Bundle(folder, manifest, stamp, weights)
@@ -157,7 +162,8 @@ def _check_hash(path: Path, entry: FileEntry) -> None:
         )
 
 
-def _check_places(manifest: Manifest) -> None:
+def check_places(manifest: Manifest) -> None:
+    """Raises IntegrityError or UnsupportedError naming the first tensor whose place cannot be."""
     if WEIGHTS not in manifest.files:
         raise IntegrityError("bundle lacks its weight file", field="files", value=WEIGHTS)
     size = manifest.files[WEIGHTS].size

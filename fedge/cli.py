@@ -74,6 +74,7 @@ COMMANDS: Final = (
         "hub",
     ),
     Command("agent", "edge_agent.cli:register", "the device: join a fleet and train on private data"),
+    Command("bundle", "edge_agent.bundle_cli:register", "show, verify and plan for a bundle"),
     Command(
         "adapter",
         "quantize.adapter_cli:register",
