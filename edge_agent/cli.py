@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from edge_agent.data_cli import add_chat, add_data, add_reading, reading_of, words_of
+
 if TYPE_CHECKING:
     from edge_agent.home import Home
 
@@ -17,7 +19,7 @@ a first device:
   fedge agent status                                     from another terminal
   fedge agent unit --data my.jsonl                       the same as a systemd service
 
-The data file is JSON Lines and never leaves this device:
+The data file never leaves this device. JSON Lines, a table, plain text; look at it first: fedge agent data FILE
   {"prompt": "how was it?", "completion": "so good"}
   {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 
@@ -41,6 +43,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_status(words)
     _add_train_once(words)
     _add_unit(words)
+    add_data(words)
 
 
 def _add_enroll(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -64,7 +67,9 @@ def _add_run(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="take part in the fleet's rounds until stopped",
         description="Takes part until SIGTERM or Ctrl-C. It may be killed at any moment: it goes on where it was.",
     )
-    run.add_argument("--data", type=Path, required=True, metavar="FILE", help="private examples, JSON Lines")
+    run.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="private examples: JSON Lines, a table, text"
+    )
     run.add_argument("--threads", type=_count, default=0, help="for training (default: all it may use)")
     run.add_argument(
         "--linger",
@@ -81,6 +86,7 @@ def _add_run(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     shared.add_argument(
         "--slot-count", type=_count, default=1, metavar="N", help="so many train at a time (1)"
     )
+    add_reading(run)
     _add_home(run)
     run.set_defaults(run=_run)
 
@@ -101,7 +107,9 @@ def _add_train_once(words: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "file. `fedge adapter` shows it, compares it, and turns it into a PEFT folder, a GGUF or a merged model.",
     )
     once.add_argument("bundle_folder", nargs="?", type=Path, metavar="BUNDLE", help="from `fedge quantize`")
-    once.add_argument("data_file", nargs="?", type=Path, metavar="DATA", help="private examples, JSON Lines")
+    once.add_argument(
+        "data_file", nargs="?", type=Path, metavar="DATA", help="private examples: JSON Lines, a table, text"
+    )
     once.add_argument("--bundle", type=Path, metavar="DIR", help="the same as BUNDLE")
     once.add_argument("--data", type=Path, metavar="FILE", help="the same as DATA")
     once.add_argument("--steps", type=_count, default=5, help="training steps (default: 5)")
@@ -115,6 +123,8 @@ def _add_train_once(words: argparse._SubParsersAction[argparse.ArgumentParser]) 
     once.add_argument("--seed", type=_count, default=0, metavar="N", help="order of the rows (default: 0)")
     once.add_argument("--threads", type=_count, default=0, help="(default: all it may use)")
     once.add_argument("--json", action="store_true", help="as one JSON object")
+    add_chat(once)
+    add_reading(once)
     once.set_defaults(run=_train_once)
 
 
@@ -125,7 +135,10 @@ def _add_unit(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         description="Prints a hardened unit with this machine's paths. To install it: "
         "fedge agent unit --data FILE | sudo tee /etc/systemd/system/fedge-agent.service",
     )
-    unit.add_argument("--data", type=Path, required=True, metavar="FILE", help="private examples, JSON Lines")
+    unit.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="private examples: JSON Lines, a table, text"
+    )
+    add_reading(unit)
     _add_home(unit)
     unit.set_defaults(run=_unit)
 
@@ -166,6 +179,7 @@ def _run(arguments: argparse.Namespace) -> int:
         Settings(
             home=_home(arguments),
             data=arguments.data,
+            reading=reading_of(arguments),
             blobs=arguments.blobs,
             slots=arguments.slots,
             slot_count=arguments.slot_count,
@@ -199,6 +213,7 @@ def _train_once(arguments: argparse.Namespace) -> None:
         "batch_rows": arguments.rows,
         "window_tokens": arguments.window,
         "data_seed": arguments.seed,
+        "template": {"kind": "chat"} if arguments.chat else None,
     }
     try:
         training = msgspec.convert(
@@ -215,6 +230,7 @@ def _train_once(arguments: argparse.Namespace) -> None:
         progress=trial.on_terminal,
         adapter_out=arguments.adapter_out,
         start=arguments.start,
+        reading=reading_of(arguments),
     )
     print(msgspec.json.encode(found).decode() if arguments.json else trial.text(found))
 
@@ -232,4 +248,4 @@ def _either(placed: Path | None, flagged: Path | None, name: str) -> Path:
 def _unit(arguments: argparse.Namespace) -> None:
     from edge_agent.unit import unit_text
 
-    print(unit_text(_home(arguments), arguments.data), end="")
+    print(unit_text(_home(arguments), arguments.data, words_of(reading_of(arguments))), end="")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from edge_agent.dataset.choices import Reading
 from fedge.messages import Training
 from fedge.update.spec import UpdateCodec
 
@@ -28,6 +29,8 @@ class Counts(msgspec.Struct, frozen=True):
     too_long: int = 0  # does not fit the window
     empty: int = 0  # nothing to learn: the completion has no text
     turns_unused: int = 0
+    shortened: int = 0  # kept with the beginning of the prompt, or the end of a labelled text, left out
+    bad: int = 0  # records that could not be read and that the owner lets pass
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -57,11 +60,12 @@ class BundleJob(
 
 
 class Job(BundleJob, frozen=True, kw_only=True):
-    """The same, over an adapter and a data file."""
+    """The same, over an adapter and a data file. `reading` is what the owner says about that file."""
 
     adapter: str  # little-endian float32, in layout order
     data: str
     adapter_sha256: bytes | None = None
+    reading: Reading = Reading()
 
 
 class Gauge(BundleJob, frozen=True):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from edge_agent.dataset import read_records
+from edge_agent.dataset import Reading, read_records
 from fedge import __version__, limits
 from fedge.messages import Facts
 
@@ -32,20 +32,20 @@ class Memory:
     anonymous_kb: int = 0
 
 
-def measure(data: Path | None) -> Facts:
+def measure(data: Path | None, reading: Reading | None = None) -> Facts:
     """The public facts about this device with this data file. Raises DataError or NoInputError for the file."""
     return Facts(
         board=board_name(),
         memory_mb_step=free_memory_mb() // MEMORY_STEP_MB * MEMORY_STEP_MB,
-        samples_bucket=samples_bucket(data) if data else 0,
+        samples_bucket=samples_bucket(data, reading) if data else 0,
         aes=has_aes(),
         version=__version__,
     )
 
 
-def samples_bucket(data: Path) -> int:
+def samples_bucket(data: Path, reading: Reading | None = None) -> int:
     """Bit length of the number of samples: 1 for one, 2 for two or three, 3 up to seven; 0 for none."""
-    return sum(record.samples for record in read_records(data)).bit_length()
+    return sum(record.samples for record in read_records(data, reading)).bit_length()
 
 
 def board_name() -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from edge_agent.dataset.choices import AS_IT_IS, Reading
 from edge_agent.home import Home
 
 LINGER_SECONDS: Final = 20.0
@@ -16,6 +17,7 @@ class Settings:
     """`blobs` may be shared by several agents; with `slots`, at most `slot_count` of them train at a time.
 
     `threads` 0 means all that this process may use; the worker is ended after `linger_seconds` without a job.
+    `reading` is what the owner says about the file `data`.
     """
 
     home: Home
@@ -25,3 +27,4 @@ class Settings:
     slot_count: int = 0
     threads: int = 0
     linger_seconds: float = LINGER_SECONDS
+    reading: Reading = AS_IT_IS

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from edge_agent import jobs
-from edge_agent.dataset import Record, normal_form, read_records
+from edge_agent.dataset import Reading, Record, normal_form, read_records
 from edge_agent.resources import threads_allowed
 from edge_agent.worker_process import Reply, WorkerProcess
 from fedge import errors
@@ -83,8 +83,10 @@ def train_once(
     progress: OnProgress = lambda what, done, of: None,
     adapter_out: Path | None = None,
     start: Path | None = None,
+    reading: Reading | None = None,
 ) -> Trial:
     """Evaluate, train, evaluate; from zero, or from the adapter file `start`. The adapter goes to `adapter_out`.
+    `reading` is what the owner says about the file `data`.
 
     Raises whatever the worker's jobs raise (NoInputError, DataError, IntegrityError), the refusals of
     `fedge.io.adapter_file.read_adapter`, UsageError when `adapter_out` would replace something else.
@@ -94,7 +96,7 @@ def train_once(
     begun = _Start.of(manifest, training, start)
     folder = Path(tempfile.mkdtemp(prefix="fedge-trial-"))  # 0700
     try:
-        train, held_out = split(read_records(data))
+        train, held_out = split(read_records(data, reading))
         if not train or not held_out:
             raise DataError(
                 f"too little data: one in {HELD_OUT_EVERY} conversations is held out, the others are trained on",

@@ -40,7 +40,7 @@ class Warm:
         from edge_agent.dataset import load_dataset, load_encoder
 
         path, window = Path(job.data), job.training.window_tokens
-        key = _look(path), job.training.template, window, bundle.stamp.manifest_sha256
+        key = _look(path), job.reading, job.training.template, window, bundle.stamp.manifest_sha256
         if self._dataset is not None and self._dataset[0] == key:
             return self._dataset[1]
         self._dataset = None
@@ -50,6 +50,9 @@ class Warm:
             load_encoder(bundle.tokenizer),
             eos_id=bundle.manifest.eos_id,
             window=window,
+            reading=job.reading,
+            chat=bundle.manifest.chat,
+            classes=bundle.manifest.classes,
         )
         give_back_memory()
         self._dataset = key, dataset

@@ -123,6 +123,7 @@ class Work:
             bundle=str(self._downloads.bundle(effect.manifest)),
             adapter=str(self._downloads.blob(effect.adapter)),
             data=str(settings.data.resolve()),
+            reading=settings.reading,
             training=effect.training,
             manifest=effect.manifest,
             publisher=effect.publisher,

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
         Turn,
         normal_form,
     )
+    from edge_agent.dataset.row import Row
     from edge_agent.dataset.rows import (
         Dataset,
-        Row,
         check_template,
         load_dataset,
         render,
@@ -73,7 +73,8 @@ _HOME: Final = {
     "encoding": ("Encode", "TextEncoder", "load_encoder"),
     "reading": ("Tally", "read_records"),
     "record": ("Conversation", "Labelled", "Passage", "Record", "TextExample", "Turn", "normal_form"),
-    "rows": ("Dataset", "Row", "check_template", "load_dataset", "render"),
+    "row": ("Row",),
+    "rows": ("Dataset", "check_template", "load_dataset", "render"),
 }
 _MODULE_OF: Final = {name: module for module, names in _HOME.items() for name in names}
 

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.dataset.rows import Row
+from edge_agent.dataset.row import Row
 
 IGNORE: Final = -100  # label of a position that is not learnt, as torch's cross-entropy has it
 Ints = NDArray[np.int64]

@@ -6,7 +6,7 @@ bad lines may be passed over are said here or not at all.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta
@@ -29,12 +29,20 @@ FIELDS: Final = (
 ROLES: Final = ("system", "user", "assistant", "tool")
 
 
+class Skip(TypedDict, total=False):
+    """What Reading says of bad lines."""
+
+    skip_lines: int
+    skip_share: float
+
+
 class Reading(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to read a data file.
 
     `columns`: field -> name of a column, or its number from 1. `separator`: of a table's cells, "" = found out.
-    `roles`: a role word of the file -> one of ROLES. Up to `skip_lines` bad lines, or a `skip_share` of all records,
-    are passed over and counted.
+    `roles`: a role word of the file -> one of ROLES. With `join_runs`, turns of one role in a row are one, joined by a
+    line break: some models know nothing else than turn and turn about. Up to `skip_lines` bad lines, or a `skip_share`
+    of all records, are passed over and counted.
     """
 
     form: Form = "auto"
@@ -42,6 +50,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     header: bool = True
     columns: dict[str, str] = {}
     roles: dict[str, str] = {}
+    join_runs: bool = False
     skip_lines: Annotated[int, Meta(ge=0)] = 0
     skip_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
@@ -59,7 +68,10 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 raise UsageError("no such role", field="roles", value=role, hint=f"One of {', '.join(ROLES)}")
 
 
-def skip_from(text: str) -> dict[str, int | float]:
+AS_IT_IS: Final = Reading()
+
+
+def skip_from(text: str) -> Skip:
     """`5` or `1%` as fields of Reading. Raises UsageError."""
     number, percent = text.removesuffix("%"), text.endswith("%")
     try:

@@ -46,6 +46,15 @@ class TextEncoder:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
+    def plain_text(self, ids: list[int]) -> str:
+        """The text of `ids` for people: special tokens are not shown."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def stands_for_text(self, token: int) -> bool:
+        """Whether the tokenizer knows this id; a model's table may have more rows."""
+        return self._tokenizer.id_to_token(token) is not None
+
 
 def load_encoder(path: Path) -> TextEncoder:
     """The encoder in a `tokenizer.json`. Raises IntegrityError when it cannot be read."""

@@ -17,7 +17,7 @@ from edge_agent.dataset.json_forms import BadRecord, record_of_json
 from edge_agent.dataset.json_stream import is_json, json_objects
 from edge_agent.dataset.lines import HEAD_BYTES, Line, encoding_of, read_lines
 from edge_agent.dataset.plain import passages
-from edge_agent.dataset.record import Record
+from edge_agent.dataset.record import Record, joined
 from fedge.errors import DataError, NoInputError, StorageError
 
 _UNPACK: Final = "Unpack it first"
@@ -57,6 +57,35 @@ class Tally:
     first: str = ""
     forms: dict[str, int] = field(default_factory=dict)
 
+    def found(self, record: Record) -> None:
+        """One more record."""
+        self.records += 1
+        kind = type(record).__name__
+        self.forms[kind] = self.forms.get(kind, 0) + 1
+
+    def bad_line(self, error: DataError, how: Reading) -> None:
+        """One more bad line. Raises `error` when the owner does not let it pass; a share is judged at the end."""
+        self.bad += 1
+        self.first = self.first or str(error)
+        if self.bad > how.skip_lines and not how.skip_share:
+            raise error
+
+    def refused(self, error: DataError, how: Reading) -> None:
+        """The record found last is of no use after all. Raises `error`, as `bad_line`."""
+        self.records -= 1
+        self.bad_line(error, how)
+
+    def check(self, path: Path, how: Reading) -> None:
+        """Raises DataError when more was passed over than the owner allows."""
+        total = self.records + self.bad
+        if self.bad > max(how.skip_lines, how.skip_share * total):
+            raise DataError(
+                f"{path}: {self.bad} of {total} records are bad, more than may be skipped",
+                field="skip-bad",
+                value=self.bad,
+                hint=f"The first: {self.first}",
+            )
+
 
 def read_records(path: Path, how: Reading | None = None, tally: Tally | None = None) -> Iterator[Record]:
     """The records of the file or folder `path`, in order (of names in a folder).
@@ -67,26 +96,16 @@ def read_records(path: Path, how: Reading | None = None, tally: Tally | None = N
     how, tally = how or Reading(), tally if tally is not None else Tally()
     try:
         for found in _folder(path, how, tally) if path.is_dir() else _file(path, how, tally):
-            if not isinstance(found, DataError):
-                tally.records += 1
-                tally.forms[type(found).__name__] = tally.forms.get(type(found).__name__, 0) + 1
-                yield found
+            if isinstance(found, DataError):
+                tally.bad_line(found, how)
                 continue
-            tally.bad += 1
-            tally.first = tally.first or str(found)
-            if tally.bad > how.skip_lines and not how.skip_share:
-                raise found
+            tally.found(found)
+            yield joined(found) if how.join_runs else found
     except FileNotFoundError as error:
         raise NoInputError("data file does not exist", field="path", value=str(path)) from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}", field="path", value=str(path)) from error
-    if tally.bad > max(how.skip_lines, how.skip_share * (tally.records + tally.bad)):
-        raise DataError(
-            f"{path}: {tally.bad} of {tally.records + tally.bad} records are bad, more than may be skipped",
-            field="skip-bad",
-            value=tally.bad,
-            hint=f"The first: {tally.first}",
-        )
+    tally.check(path, how)
 
 
 def _folder(path: Path, how: Reading, tally: Tally) -> Found:

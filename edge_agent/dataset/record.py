@@ -65,7 +65,7 @@ class Conversation:
             elif turn.role == "assistant":
                 if turn.learnt:
                     examples.append(TextExample("\n".join(prompt), turn.text))
-                used += 1 + (0 if answered else len(prompt))
+                    used += 1 + (0 if answered else len(prompt))
                 answered = True
         return tuple(examples), used
 
@@ -111,6 +111,19 @@ def normal_form(record: Record) -> dict[str, object]:
     if isinstance(record, Labelled):
         return {"text": record.text, "label": record.label, **named}
     return {"text": record.text, **named}
+
+
+def joined(record: Record) -> Record:
+    """The record with turns of one role in a row made one. An answer that is only context stays one by itself."""
+    if not isinstance(record, Conversation):
+        return record
+    turns: list[Turn] = []
+    for turn in record.turns:
+        if turns and (turns[-1].role, turns[-1].learnt) == (turn.role, turn.learnt):
+            turns[-1] = Turn(turn.role, f"{turns[-1].text}\n{turn.text}", turn.learnt)
+        else:
+            turns.append(turn)
+    return Conversation(record.line, record.conversation, tuple(turns))
 
 
 def _message(turn: Turn) -> dict[str, object]:

@@ -4,43 +4,34 @@ Only the owner's own words are learnt: the completion of a prompt, the answers o
 An answer ends with the token that ends answers, which *is* a label, even where the padding token has the same number:
 labels and the attention mask decide, never the value of an id.
 
-Where an example is longer than the window, its answer is kept and its prompt is shortened from the left. An answer that
-does not fit even so is left out. Both are counted; a file without a usable row is refused, because a mean over nothing
-is not zero.
+Where an example is longer than the window, its answer is kept and its prompt is shortened from the left; a text with a
+label loses its end; a passage is cut into windows. An answer that does not fit even so is left out. All of it is
+counted; a file without a usable row is refused, because a mean over nothing is not zero.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from edge_agent.dataset.chat_rows import ChatRows, SpanEncoder
 from edge_agent.dataset.choices import Reading
 from edge_agent.dataset.encoding import Encode
 from edge_agent.dataset.reading import Tally, read_records
-from edge_agent.dataset.record import Conversation, Passage, Record, TextExample
+from edge_agent.dataset.record import Conversation, Labelled, Passage, Record, TextExample
+from edge_agent.dataset.row import Row, Seen, longest
 from edge_agent.jobs import Counts
+from fedge.chat import ChatFormat
 from fedge.errors import ConfigError, DataError
 from fedge.messages import Template
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One example as tokens; those from `prompt_tokens` on are learnt, but for the spans `unlearnt` (from, to).
-
-    `label` is the class of a labelled text, -1 = none.
-    """
-
-    ids: NDArray[np.int32]
-    prompt_tokens: int
-    conversation: str
-    unlearnt: tuple[tuple[int, int], ...] = ()
-    label: int = -1
+_CLASSES_SHOWN: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +71,23 @@ def load_dataset(
     eos_id: int,
     window: int,
     reading: Reading | None = None,
+    chat: ChatFormat | None = None,
+    classes: Sequence[str] = (),
+    tally: Tally | None = None,
 ) -> Dataset:
-    """Rows of fewer than `window` tokens. Raises DataError when none is left, and what `read_records` raises."""
-    check_template(template)
-    tally = Tally()
-    maker = RowMaker(template, encode, eos_id=eos_id, window=window)
-    rows = [row for record in read_records(path, reading, tally) for row in maker.rows(record)]
+    """Rows of fewer than `window` tokens. `chat` and `classes` are the bundle's; `tally` is told what was read.
+
+    Raises DataError when none is left, ConfigError when the bundle cannot do what the template asks, and what
+    `read_records` raises.
+    """
+    how, tally = reading or Reading(), tally if tally is not None else Tally()
+    maker = RowMaker(template, encode, eos_id=eos_id, window=window, chat=chat, classes=classes)
+    rows: list[Row] = []
+    for record in read_records(path, how, tally):
+        try:
+            rows += maker.rows(record)
+        except DataError as error:
+            tally.refused(placed(error, path, record.line), how)
     counts = maker.counts(tally)
     if not rows:
         raise DataError(
@@ -97,77 +99,151 @@ def load_dataset(
     return Dataset(tuple(rows), counts)
 
 
-class RowMaker:
-    """Makes the rows of one record after the other, and counts what becomes of them."""
+def placed(error: DataError, path: Path, line: int) -> DataError:
+    """The same error, with where in the file it is."""
+    return DataError(
+        f"{path}, line {line}: {error.what}", field=error.field, value=error.value, hint=error.hint
+    )
 
-    def __init__(self, template: Template, encode: Encode, *, eos_id: int, window: int) -> None:
-        self._template, self._encode, self._eos = template, encode, eos_id
+
+class RowMaker:
+    """Makes the rows of one record after the other, and counts what becomes of them in `seen`."""
+
+    def __init__(
+        self,
+        template: Template,
+        encode: Encode,
+        *,
+        eos_id: int,
+        window: int,
+        chat: ChatFormat | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
+        self._template, self._encode, self._eos = check_template(template), encode, eos_id
         self._most = window - 1  # as the reference figures have it
         self._before: list[int] = list(getattr(encode, "before", ()))
-        self.examples = self.kept = self.too_long = self.empty = self.shortened = self.unused = 0
+        self._after: list[int] = list(getattr(encode, "after", ()))
+        self._classes = list(classes)
+        self._chat = _chat_rows(chat, encode, eos_id, self._most) if template.kind == "chat" else None
+        self.seen = Seen()
 
     def counts(self, tally: Tally) -> Counts:
         """What became of everything so far."""
-        return Counts(tally.records, self.examples, self.kept, self.too_long, self.empty, self.unused)
+        seen = self.seen
+        return Counts(
+            tally.records,
+            seen.examples,
+            seen.kept,
+            seen.too_long,
+            seen.empty,
+            seen.unused,
+            seen.shortened,
+            tally.bad,
+        )
 
-    def rows(self, record: Record) -> Iterator[Row]:
-        """The usable rows of `record`."""
-        if isinstance(record, Conversation):
-            self.unused += record.turns_unused
-            for example in record.examples:
-                yield from self._pair(example, record.conversation)
-        elif isinstance(record, Passage):
-            yield from self._windows(record)
+    def rows(self, record: Record) -> list[Row]:
+        """The usable rows of `record`. Raises DataError for a record that is of no use to this bundle."""
+        if isinstance(record, Labelled):
+            return list(self._labelled(record))
+        if self._classes:
+            raise DataError(
+                "this bundle tells classes of texts",
+                field="label",
+                hint='It learns from {"text": …, "label": …}',
+            )
+        if isinstance(record, Passage):
+            return list(self._windows(record))
+        if self._chat is not None:
+            return list(self._chat.rows(record, self.seen))
+        return list(self._pairs(record))
 
-    def _pair(self, example: TextExample, conversation: str) -> Iterator[Row]:
-        """The row of one prompt and its completion, if it has text and fits."""
-        self.examples += 1
-        if not example.completion.strip():
-            self.empty += 1
-            return
-        prompt, completion = render(self._template, example)
-        answer = [*self._encode(completion), self._eos]
-        room = self._most - len(answer) - len(self._before)
-        asked = self._encode(prompt)
-        short = asked if len(asked) <= room else self._shortened(example.prompt, room)
-        if short is None:
-            self.too_long += 1
-            return
-        self.kept += 1
-        ids = [*self._before, *short, *answer]
-        yield Row(np.array(ids, np.int32), len(ids) - len(answer), conversation)
+    def _pairs(self, record: Conversation) -> Iterator[Row]:
+        """A row for each learnt answer with the question before it, if it has text and fits."""
+        self.seen.unused += record.turns_unused
+        for example in record.examples:
+            self.seen.examples += 1
+            if not example.completion.strip():
+                self.seen.empty += 1
+                continue
+            prompt, completion = render(self._template, example)
+            answer = [*self._encode(completion), self._eos]
+            room = self._most - len(answer) - len(self._before)
+            asked = self._encode(prompt)
+            short = asked if len(asked) <= room else self._shortened(example.prompt, room)
+            if short is None:
+                self.seen.too_long += 1
+                continue
+            self.seen.kept += 1
+            ids = [*self._before, *short, *answer]
+            yield Row(np.array(ids, np.int32), len(ids) - len(answer), record.conversation)
 
     def _shortened(self, prompt: str, room: int) -> list[int] | None:
         """The ids of the template with as much of the prompt's end as fits; None when not one letter does."""
-
         prompt = prompt[-self._template.prompt_chars_max :]
 
         def ids(letters: int) -> list[int]:
             return self._encode(self._template.prompt.format(prompt=prompt[len(prompt) - letters :]))
 
         letters = longest(len(prompt), lambda letters: len(ids(letters)) <= room)
-        self.shortened += letters > 0
+        self.seen.shortened += letters > 0
         return ids(letters) if letters else None
 
     def _windows(self, passage: Passage) -> Iterator[Row]:
         """Windows that overlap by one token, so that every token but the first is learnt once."""
-        ids = [*self._before, *self._encode(passage.text)]
-        if passage.ends:
-            ids.append(self._eos)
+        if not passage.text.strip():
+            self.seen.examples, self.seen.empty = self.seen.examples + 1, self.seen.empty + 1
+            return
+        ids = [*self._before, *self._encode(passage.text), *([self._eos] if passage.ends else ())]
         for start in range(0, max(len(ids) - 1, 1), self._most - 1):
-            self.examples += 1
-            if len(ids) < 2 or not passage.text.strip():
-                self.empty += 1
-                continue
-            self.kept += 1
-            window = np.array(ids[start : start + self._most], np.int32)
-            yield Row(window, 1, passage.conversation)
+            self.seen.examples, self.seen.kept = self.seen.examples + 1, self.seen.kept + 1
+            yield Row(np.array(ids[start : start + self._most], np.int32), 1, passage.conversation)
+
+    def _labelled(self, record: Labelled) -> Iterator[Row]:
+        """A text with its class; what is too long loses its end."""
+        number = self._class_of(record.label)
+        self.seen.examples += 1
+        if not record.text.strip():
+            self.seen.empty += 1
+            return
+        ids, room = self._encode(record.text), self._most - len(self._before) - len(self._after)
+        self.seen.shortened += len(ids) > room
+        self.seen.kept += 1
+        framed = np.array([*self._before, *ids[: max(room, 0)], *self._after], np.int32)
+        yield Row(framed, len(framed), record.conversation, label=number)
+
+    def _class_of(self, label: str | int) -> int:
+        if not self._classes:
+            raise DataError(
+                "a text with a label, for a bundle that tells no classes",
+                field="label",
+                hint='Leave the label out, or rename it: {"text": …} is learnt as it stands',
+            )
+        if isinstance(label, int) and 0 <= label < len(self._classes):
+            return label
+        if label in self._classes:
+            return self._classes.index(str(label))
+        raise DataError(
+            "no such class in this bundle",
+            field="label",
+            value=label,
+            hint=f"Its classes: {', '.join(self._classes[:_CLASSES_SHOWN])}"
+            + (
+                f" and {len(self._classes) - _CLASSES_SHOWN} more"
+                if len(self._classes) > _CLASSES_SHOWN
+                else ""
+            ),
+        )
 
 
-def longest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest n of 1 to `most` that fits, 0 when 1 does not; found by halving, so `fits` should not mind order."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+def _chat_rows(chat: ChatFormat | None, encode: Encode, eos_id: int, most: int) -> ChatRows:
+    reason = "the model has no chat template" if chat is None else chat.cannot.get("conversation", "")
+    if chat is None or reason:
+        raise ConfigError(
+            f"conversations cannot be written for this bundle: {reason}",
+            field="template.kind",
+            value="chat",
+            hint="Use the template kind `text`, with a prompt and a completion",
+        )
+    if not isinstance(encode, SpanEncoder):
+        raise ConfigError("this tokenizer does not say where its tokens are", field="encode")
+    return ChatRows(chat, encode, eos_id=eos_id, most=most)
