@@ -1,6 +1,6 @@
 """Text to token ids by the bundle's tokenizer.json: the only user of the package `tokenizers`.
 
-So another exact implementation may take its place; `tests/edge_agent/dataset/test_conformance.py` says what exact is.
+So another exact implementation may take its place; `tests/edge_agent/dataset/test_awkward_texts.py` says what exact is.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Private text: what is read, what is refused, and what exactly is learnt."""
+"""Rows and batches: what exactly is learnt, what is shortened, what is left out and counted (F12, F13)."""
 
-import gzip
+from __future__ import annotations
+
 import json
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+from letters import EOS, Letters, wrote
 
 from edge_agent.dataset import (
     IGNORE,
@@ -16,135 +18,13 @@ from edge_agent.dataset import (
     evaluation_batches,
     load_dataset,
     make_batch,
-    read_records,
     render,
 )
-from fedge.errors import ConfigError, DataError, FedgeError, NoInputError
-from fedge.limits import DATA_LINE_BYTES_MAX
+from fedge.errors import ConfigError, DataError, FedgeError
 from fedge.messages import Template
 
-EOS = 2
-ROWS = [{"prompt": f"Grüß dich {i}", "completion": f"schön {i} \u2028 ja"} for i in range(10)]
-TEXT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n"
-
-
-def letters(text: str) -> list[int]:
-    """A tokenizer that a reader can check by eye: one token for a letter."""
-    return [ord(letter) for letter in text]
-
-
-def wrote(folder: Path, data: bytes | str) -> Path:
-    path = folder / "private.jsonl"
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
-def examples_of(path: Path) -> list[TextExample]:
-    return [example for record in read_records(path) for example in record.examples]
-
-
-# ---------------------------------------------------------------- files as people save them
-@pytest.mark.parametrize(
-    "data",
-    [
-        TEXT.encode(),
-        TEXT.encode("utf-8-sig"),
-        TEXT.replace("\n", "\r\n").encode(),
-        TEXT.encode("utf-16"),
-        b"\xfe\xff" + TEXT.encode("utf-16-be"),
-        TEXT.rstrip("\n").encode(),
-        TEXT.replace("\n", "\n\n  \n").encode(),
-    ],
-    ids=["utf-8", "mark", "crlf", "utf-16", "utf-16-be", "no-final-newline", "empty-lines"],
-)
-def test_the_same_ten_examples_however_saved(tmp_path: Path, data: bytes) -> None:
-    found = examples_of(wrote(tmp_path, data))
-    assert found == [TextExample(row["prompt"], row["completion"]) for row in ROWS]
-
-
-def test_another_encoding_is_refused_with_file_line_and_byte(tmp_path: Path) -> None:
-    first = json.dumps({"prompt": "a", "completion": "b"}).encode() + b"\n"
-    second = json.dumps({"prompt": "ü", "completion": "b"}, ensure_ascii=False).encode("cp1252")
-    path = wrote(tmp_path, first + second)
-    at = (first + second).index(b"\xfc")
-    with pytest.raises(DataError, match=rf"private\.jsonl, line 2, byte {at}: .*0xfc.*UTF-8"):
-        examples_of(path)
-    marked = wrote(tmp_path, b"\xef\xbb\xbf" + first + second)
-    with pytest.raises(DataError, match=rf"line 2, byte {at + 3}:"):
-        examples_of(marked)
-
-
-def test_a_letter_cut_in_the_middle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 1, byte 12"):
-        examples_of(wrote(tmp_path, b'{"prompt": "\xc3'))
-    with pytest.raises(DataError, match="line 3, byte"):
-        examples_of(wrote(tmp_path, "\n\n{}".encode("utf-16") + b"\x00"))
-
-
-@pytest.mark.parametrize(
-    ("data", "refusal"),
-    [
-        (gzip.compress(TEXT.encode()), "packed.*gzip"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', "line 2: field is missing .completion="),
-        ('{"prompt": 3, "completion": "b"}', "line 1: .*prompt"),
-        ('{"prompt": "a", "completion": "b"', "line 1: not JSON"),
-        ('["a", "b"]', "line 1"),
-        ('{"messages": [{"role": "stranger", "content": "x"}]}', r"line 1: .*messages\[0\]\.role"),
-        ('{"messages": [{"role": "user", "content": ["x"]}]}', r"line 1: .*messages\[0\]\.content"),
-        ('{"messages": [{"content": "x"}]}', r"line 1: .*role"),
-        ('{"messages": [], "prompt": "a"}', "line 1: both normal forms"),
-        (b"x" * (DATA_LINE_BYTES_MAX + 1), "line 1 is too long"),
-    ],
-)
-def test_a_record_that_is_not_what_it_says_is_refused(
-    tmp_path: Path, data: bytes | str, refusal: str
-) -> None:
-    with pytest.raises(DataError, match=refusal):
-        examples_of(wrote(tmp_path, data))
-
-
-def test_a_refusal_does_not_repeat_private_words(tmp_path: Path) -> None:
-    for bad in ('{"prompt": "secret", "completion": 3}', '{"prompt": "secret"', '{"completion": "secret"}'):
-        with pytest.raises(DataError) as refused:
-            examples_of(wrote(tmp_path, bad))
-        assert "secret" not in str(refused.value)
-
-
-def test_no_file_and_no_records(tmp_path: Path) -> None:
-    with pytest.raises(NoInputError, match="does not exist"):
-        examples_of(tmp_path / "none")
-    with pytest.raises(NoInputError, match="folder"):
-        examples_of(tmp_path)
-    with pytest.raises(DataError, match="no usable example"):
-        load_dataset(wrote(tmp_path, ""), Template(), letters, eos_id=EOS, window=64)
-
-
-# ---------------------------------------------------------------- conversations
-def conversation(*turns: str) -> str:
-    roles = {"s": "system", "u": "user", "a": "assistant"}
-    messages = [{"role": roles[turn[0]], "content": turn} for turn in turns]
-    return json.dumps({"messages": messages, "conversation": "c"})
-
-
-@pytest.mark.parametrize(
-    ("turns", "expected", "unused"),
-    [
-        (["u1", "a1", "u2", "a2"], [("u1", "a1"), ("u2", "a2")], 0),
-        (["a1", "u1", "a2"], [("", "a1"), ("u1", "a2")], 0),
-        (["u1", "u2", "a1"], [("u1\nu2", "a1")], 0),
-        (["u1", "a1", "a2"], [("u1", "a1"), ("u1", "a2")], 0),
-        (["s1", "u1", "s2", "a1"], [("u1", "a1")], 2),
-        (["u1", "a1", "u2"], [("u1", "a1")], 1),
-        (["u1"], [], 1),
-    ],
-)
-def test_every_assistant_turn_is_learnt_and_every_turn_accounted_for(
-    tmp_path: Path, turns: list[str], expected: list[tuple[str, str]], unused: int
-) -> None:
-    (record,) = read_records(wrote(tmp_path, conversation(*turns)))
-    assert [(example.prompt, example.completion) for example in record.examples] == expected
-    assert record.turns_unused == unused
-    assert record.conversation == "c"
+TEXT = "\n".join(json.dumps({"prompt": f"p {i}", "completion": f"c {i}"}) for i in range(10)) + "\n"
+letters = Letters()
 
 
 # ---------------------------------------------------------------- templates and rows
@@ -219,3 +99,112 @@ def test_evaluation_takes_every_row_once(tmp_path: Path) -> None:
     rows = load_dataset(wrote(tmp_path, TEXT), Template(), letters, eos_id=EOS, window=99).rows
     chosen = [i for indices, _ in evaluation_batches(rows, size=4, pad_id=0) for i in indices]
     assert sorted(chosen) == list(range(len(rows)))
+
+
+# ---------------------------------------------------------------- long examples (F12)
+WINDOW = 256
+
+
+def test_a_prompt_that_fills_the_window_is_shortened_from_the_left(tmp_path: Path) -> None:
+    """F12: the answer is kept whole; what of the prompt remains is its end."""
+    lines = [{"prompt": f"{'p' * 600}{i}", "completion": f"yes {i}"} for i in range(4)]
+    template = Template(prompt="[{prompt}]", completion="{completion}", prompt_chars_max=10_000)
+    data = load_dataset(wrote(tmp_path, lines), template, letters, eos_id=EOS, window=WINDOW)
+    assert (data.counts.examples, data.counts.kept, data.counts.shortened, data.counts.too_long) == (
+        4,
+        4,
+        4,
+        0,
+    )
+    for number, row in enumerate(data.rows):
+        assert len(row.ids) == WINDOW - 1
+        assert letters.decode(row.ids[: row.prompt_tokens].tolist()) == "[" + "p" * 246 + f"{number}]"
+        assert row.ids[row.prompt_tokens :].tolist() == [*letters(f"yes {number}"), EOS]
+
+
+def test_an_answer_that_does_not_fit_is_left_out_and_the_others_stay(tmp_path: Path) -> None:
+    lines = [{"prompt": "p", "completion": "yes"}] * 9 + [{"prompt": "p", "completion": "y" * WINDOW}]
+    counts = load_dataset(wrote(tmp_path, lines), Template(), letters, eos_id=EOS, window=WINDOW).counts
+    assert (counts.kept, counts.too_long, counts.shortened) == (9, 1, 0)
+    with pytest.raises(DataError, match=r"no usable example.*'too_long': 1"):
+        load_dataset(wrote(tmp_path, lines[9:]), Template(), letters, eos_id=EOS, window=WINDOW)
+
+
+def test_no_row_is_without_a_label(tmp_path: Path) -> None:
+    """F12: a batch of zero labels would give a mean over nothing."""
+    lines = [{"prompt": "p" * n, "completion": "y" * m} for n in (0, 1, 300) for m in (1, 200, 253, 254, 300)]
+    data = load_dataset(wrote(tmp_path, lines), Template(), letters, eos_id=EOS, window=WINDOW)
+    assert data.counts.kept + data.counts.too_long == len(lines)
+    for row in data.rows:
+        assert len(row.ids) < WINDOW
+        assert (make_batch([row], 0).labels >= 0).sum() >= 2  # the answer and its end
+
+
+# ---------------------------------------------------------------- plain text (F13)
+def test_a_text_longer_than_the_window_is_cut_into_windows_and_learnt_once(tmp_path: Path) -> None:
+    """F13: 1,500 tokens for a model of 512 positions: split, every token but the first learnt exactly once."""
+    text = "".join(chr(ord("a") + i % 26) for i in range(1_500))
+    data = load_dataset(wrote(tmp_path, [{"text": text}]), Template(), letters, eos_id=EOS, window=512)
+    assert max(len(row.ids) for row in data.rows) < 512
+    learnt = [int(token) for row in data.rows for token in row.ids[row.prompt_tokens :]]
+    assert learnt == [*letters(text)[1:], EOS]
+    assert data.counts.kept == len(data.rows) == 3
+
+
+def test_what_the_tokenizer_puts_before_a_text_is_before_every_row(tmp_path: Path) -> None:
+    class Framed(Letters):
+        before, after = (7,), (8,)
+
+    lines = [{"prompt": "a", "completion": "b"}, {"text": "c"}]
+    rows = load_dataset(wrote(tmp_path, lines), Template(), Framed(), eos_id=EOS, window=64).rows
+    assert [row.ids[0] for row in rows] == [7, 7]
+    assert [row.ids[-1] for row in rows] == [EOS, EOS]
+
+
+# ---------------------------------------------------------------- texts with a label
+CLASSES = ("greeting", "order", "other")
+
+
+def test_labels_become_classes_by_name_or_number(tmp_path: Path) -> None:
+    class Framed(Letters):
+        before, after = (7,), (8,)
+
+    lines = [
+        {"text": "hello", "label": "greeting"},
+        {"text": "x" * 99, "label": 2},
+        {"text": " ", "label": "order"},
+    ]
+    data = load_dataset(wrote(tmp_path, lines), Template(), Framed(), eos_id=EOS, window=16, classes=CLASSES)
+    assert [row.label for row in data.rows] == [0, 2]
+    assert data.rows[1].ids.tolist() == [7, *letters("x" * 13), 8]
+    assert (data.counts.kept, data.counts.shortened, data.counts.empty) == (2, 1, 1)
+    batch = make_batch(data.rows, 0)
+    assert batch.classes is not None
+    assert batch.classes.tolist() == [0, 2]
+    assert (batch.labels == IGNORE).all()
+
+
+@pytest.mark.parametrize(
+    ("line", "classes", "refusal"),
+    [
+        (
+            {"text": "a", "label": "greetings"},
+            CLASSES,
+            "line 1: no such class.*'greetings'.*greeting, order, other",
+        ),
+        ({"text": "a", "label": 3}, CLASSES, "line 1: no such class"),
+        ({"text": "a", "label": -1}, CLASSES, "line 1: no such class"),
+        (
+            {"text": "a", "label": "order"},
+            (),
+            "line 1: a text with a label, for a bundle that tells no classes",
+        ),
+        ({"text": "a"}, CLASSES, "line 1: this bundle tells classes"),
+        ({"prompt": "a", "completion": "b"}, CLASSES, "line 1: this bundle tells classes"),
+    ],
+)
+def test_data_of_another_task_is_refused(
+    tmp_path: Path, line: dict[str, object], classes: tuple[str, ...], refusal: str
+) -> None:
+    with pytest.raises(DataError, match=refusal):
+        load_dataset(wrote(tmp_path, [line]), Template(), letters, eos_id=EOS, window=64, classes=classes)
