@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedge.chat import ChatFormat
 from fedge.errors import IntegrityError, UnsupportedError
 from fedge.limits import BUNDLE_FILE_BYTES_MAX, MANIFEST_BYTES_MAX
-from fedge.lora import LoraConfig
+from fedge.lora import LAYER_PATH, AdapterLayout, LoraConfig
 
 MANIFEST: Final = "manifest.json"
 SIGNATURE: Final = "manifest.sig"
@@ -39,8 +39,9 @@ OPERATORS_ALLOWED: Final = frozenset(
         Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape ScatterElements ScatterND Shape Sigmoid Sign Sin Slice
         Softmax Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where
         com.microsoft:DynamicQuantizeMatMul com.microsoft:FastGelu com.microsoft:GatherBlockQuantized
-        com.microsoft:Gelu com.microsoft:GroupQueryAttention com.microsoft:MatMulBnb4 com.microsoft:MatMulNBits
-        com.microsoft:QuickGelu com.microsoft:RotaryEmbedding com.microsoft:SkipLayerNormalization
+        com.microsoft:Gelu com.microsoft:GroupQueryAttention com.microsoft:MatMulBnb4
+        com.microsoft:MatMulIntegerToFloat com.microsoft:MatMulNBits com.microsoft:QuickGelu
+        com.microsoft:RotaryEmbedding com.microsoft:SkipLayerNormalization
         com.microsoft:SkipSimplifiedLayerNormalization SimplifiedLayerNormalization
         """
     )
@@ -97,8 +98,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     logit_cap: float = 0.0  # c of the soft-cap c tanh(z / c) on logits; 0 = none
     classes: tuple[str, ...] = ()  # label names of a classifier, by index
     dense: dict[str, tuple[int, ...]] = {}  # trained in full beside the adapter; starts at tensor "dense/NAME"
-
     chat: ChatFormat | None = None  # how a conversation is written; None: the model has no chat template
+    layer_path: str = LAYER_PATH  # of the list of layers, from the model's root: PEFT's names are made of it
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """The order of the adapter's numbers. Raises UnsupportedError when it is out of range."""
+        return AdapterLayout.of(
+            self.layers, self.lora_shapes, self.lora, layer_path=self.layer_path, dense=self.dense
+        )
+
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Canonical bytes: sorted keys, so the same bundle has the same hash."""
@@ -129,12 +138,11 @@ def open_manifest(
             "manifest is not the one announced", field="sha256", value=hashlib.sha256(data).hexdigest()
         )
     try:
+        _require_format(msgspec.json.decode(data, type=_Format).format)
         manifest = msgspec.json.decode(data, type=Manifest)
         signer = bytes.fromhex(manifest.publisher)
     except (msgspec.MsgspecError, ValueError) as error:
         raise IntegrityError("manifest cannot be read", field=MANIFEST, value=str(error)) from error
-    if manifest.format != FORMAT:
-        raise UnsupportedError("bundle format is not known here", field="format", value=manifest.format)
     if publisher is not None and signer != publisher:
         raise IntegrityError(
             "bundle was signed by somebody else", field="publisher", value=manifest.publisher
@@ -147,6 +155,21 @@ def open_manifest(
         ) from error
     _check(manifest)
     return manifest
+
+
+class _Format(msgspec.Struct):
+    """Read before the rest: another format may have fields that are not known here."""
+
+    format: int
+
+
+def _require_format(found: int) -> None:
+    if found != FORMAT:
+        newer = "The bundle is newer: update fedge on this machine"
+        older = "The bundle is older: make it again with `fedge quantize`"
+        raise UnsupportedError(
+            "bundle format is not known here", field="format", value=found, hint=newer if found > FORMAT else older
+        )
 
 
 def _check(manifest: Manifest) -> None:
