@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fedge.errors import UsageError
 
 if TYPE_CHECKING:
+    from fedge.release import Manifest
     from quantize.interop.factors import Opened
     from quantize.interop.merging import Merged
 
@@ -29,7 +30,8 @@ examples:
   fedge adapter export mine --bundle bundle --to gguf mine.gguf      llama-cli --lora mine.gguf
   fedge adapter merge mine --base ./my-hf-model merged               an ordinary model folder
 """
-_TARGETS: Final = ("peft", "gguf", "hf")
+_TARGETS: Final = ("peft", "gguf", "hf", "optimum")
+_NONE: Final = "none"
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -77,12 +79,13 @@ def _add_diff(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def _add_export(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     export = words.add_parser(
         "export",
-        help="as a PEFT folder, a GGUF LoRA, or a model folder with the bundle's own weights",
+        help="as a PEFT folder, a GGUF LoRA, a model folder with the bundle's own weights, or for optimum",
         description="peft: a folder that peft.PeftModel.from_pretrained loads. gguf: a file for llama.cpp and what "
         "builds on it. hf: the model of --base with the weights that the devices compute with, decoded, and the "
-        "adapter merged in: it computes what the devices computed (`merge` keeps the base's own weights instead).",
+        "adapter merged in: it computes what the devices computed (`merge` keeps the base's own weights instead). "
+        "optimum: a folder that optimum.onnxruntime.ORTModelForCausalLM generates with, over the bundle's weights.",
     )
-    export.add_argument("adapter", type=Path, metavar="ADAPTER")
+    export.add_argument("adapter", type=Path, metavar="ADAPTER", help="for optimum also `none`")
     export.add_argument("out", type=Path, metavar="OUT", help="must not exist")
     export.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="that it was trained on")
     export.add_argument("--to", required=True, choices=_TARGETS)
@@ -202,6 +205,9 @@ def _export(arguments: argparse.Namespace) -> None:
             value=arguments.to,
         )
     manifest = read_manifest(arguments.bundle)
+    if arguments.to == "optimum":
+        _export_optimum(arguments, manifest)
+        return
     adapter = adapter_for(arguments.adapter, manifest)
     said: dict[str, Any] = {"out": str(arguments.out), "to": arguments.to, "model": manifest.model}
     if arguments.to == "peft":
@@ -222,6 +228,16 @@ def _export(arguments: argparse.Namespace) -> None:
         )
         said |= _merged(done)
     _print(said, arguments.json)
+
+
+def _export_optimum(arguments: argparse.Namespace, manifest: Manifest) -> None:
+    from quantize.interop.opening import adapter_for
+    from quantize.interop.optimum_folder import write_optimum
+
+    bare = str(arguments.adapter) == _NONE
+    adapter = None if bare else adapter_for(arguments.adapter, manifest)
+    write_optimum(arguments.out, arguments.bundle, manifest, adapter)
+    _print({"out": str(arguments.out), "to": arguments.to, "model": manifest.model}, arguments.json)
 
 
 def _merge(arguments: argparse.Namespace) -> None:

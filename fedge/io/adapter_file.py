@@ -113,8 +113,7 @@ def adapter_of(
 
 def layout_of(manifest: Manifest, lora: LoraConfig | None = None) -> AdapterLayout:
     """The layout of the adapter that the bundle trains, or of one with another config on the same modules."""
-    config = lora or manifest.lora
-    return AdapterLayout.of(manifest.layers, manifest.lora_shapes, config, dense=manifest.dense)
+    return manifest.layout if lora is None else manifest.layout.like(lora)
 
 
 def write_adapter(path: Path, adapter: Adapter) -> None:
