@@ -25,8 +25,8 @@ MAY_IMPORT = {
     "quantize": {"fedge", "quantize"},
     "firmware_sim": {"fedge", "edge_agent", "hub", "firmware_sim"},  # quantize: inside functions only
 }
-# What the base install brings; `tokenizers` is the extra `text`.
-DEVICE_PACKAGES = {"numpy", "onnxruntime", "paho", "cryptography", "msgspec", "tokenizers"}
+# What the base install brings; `tokenizers` is the extra `text`, `pyarrow` the extra `parquet`.
+DEVICE_PACKAGES = {"numpy", "onnxruntime", "paho", "cryptography", "msgspec", "tokenizers", "pyarrow"}
 EXPORT_ONLY = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "optimum", "bitsandbytes", "gguf"}
 
 # Decide without doing: time and randomness are arguments, files and sockets belong to drivers.
