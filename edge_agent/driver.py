@@ -92,9 +92,8 @@ class Driver:
         self._journal = Journal(home.state)
         self._rounds = Rounds(home)
         self._stats = Stats(home.stats)
-        self._surroundings = Surroundings(
-            home, self._policy, measure(settings.data, settings.reading), self._stats.figures
-        )
+        facts = measure(settings.data, settings.reading)
+        self._surroundings = Surroundings(home, self._policy, facts, self._stats.figures)
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._timers: dict[str, float] = {}
         self._agent: Agent | None = None
