@@ -22,7 +22,9 @@ IR_VERSION: Final = 8  # what opset 18 came with; the lowest that can carry it
 _FOLD_BYTES_MAX: Final = 4096
 _DTYPES: Final = {
     "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
     "uint8": TensorProto.UINT8,
+    "int8": TensorProto.INT8,
     "int64": TensorProto.INT64,
 }
 

@@ -1,27 +1,24 @@
 """From placeholder operators to stock ONNX Runtime operators over the bytes of a weight format.
 
-Training dequantises a matrix inside the graph (`GatherBlockQuantized` over all its rows) and multiplies densely:
-with weights as inputs nothing can be prepacked, and `MatMulNBits` would be slower. Decoding has constant weights
-and uses `MatMulNBits`. An offset per block never touches the codes:
-
-    x W^T = x Q^T + blocksum(x) D^T        g W = g Q + repeat(g D, 32)
-
-with Q = (code - zero) * scale and D the offsets; K/32 columns, about 3 % of the work.
+A training graph reads its matrices as inputs; `quantize.products` says how each format is multiplied there. A
+decoding graph has constant weights, which the runtime prepacks: there it is `MatMulNBits` or its like.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 
-from quantize.formats import BLOCK, FORMATS, WeightFormat
+from quantize.formats import BLOCK, FORMATS, Size, WeightFormat
 from quantize.graph import MICROSOFT, GraphWriter, tensor_input
 from quantize.placeholder import DOMAIN, EMBEDDING, LINEAR, LINEAR_DX
+from quantize.products import PRODUCTS, Bytes, block_sums, bnb_product
 
-Size = int | str
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +31,22 @@ class Matrix:
 
 
 class Lowering:
-    """Writes one graph in which the matrices are inputs called NAME.q, NAME.s, NAME.d."""
+    """Writes one graph in which the matrices are inputs called NAME.q, NAME.s and so on."""
 
     def __init__(self, matrices: Mapping[str, Matrix]) -> None:
         self.writer = GraphWriter("low")
         self.weights: dict[str, tuple[str, tuple[Size, ...]]] = {}  # tensor -> (dtype, shape)
+        self.backward_matrices: frozenset[str] = frozenset()
         self._matrices = matrices
-        self._dense: dict[str, str] = {}
-        self._sums: dict[str, str] = {}
+        self._made: dict[Hashable, Any] = {}
 
     def run(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """The model with every placeholder replaced."""
         for tensor in model.graph.initializer:
             self.writer.initializers[tensor.name] = tensor
+        self.backward_matrices = frozenset(
+            node.input[1] for node in model.graph.node if node.domain == DOMAIN and node.op_type == LINEAR_DX
+        )
         for node in model.graph.node:
             if node.domain != DOMAIN:
                 self.writer.nodes.append(node)
@@ -61,81 +61,65 @@ class Lowering:
         if node.op_type == LINEAR:
             self.linear(x, weight, node.output[0])
         elif node.op_type == LINEAR_DX:
-            self._linear_dx(x, weight, node.output[0])
+            matrix = self.matrix(weight)
+            product = PRODUCTS[matrix.format.training].backward(self, self._flat(x, matrix.rows), weight)
+            self._restore(product, x, matrix.columns, node.output[0])
         else:
             assert node.op_type == EMBEDDING
-            self._gather(weight, x, node.output[0])
+            self._rows(x, weight, node.output[0])
 
     def linear(self, x: str, weight: str, output: str) -> None:
         """output[..., N] = x[..., K] W^T."""
-        matrix = self._matrices[weight]
-        flat = self._flat(x, matrix.columns)
-        terms = [flat, self._dequantised(weight)]
-        if matrix.format.has_offset:
-            terms.append(
-                self.writer.add(
-                    "Gemm", [self.block_sums(flat, matrix.columns), self.part(weight, "d")], transB=1
-                )
-            )
-        self._restore(self.writer.add("Gemm", terms, transB=1), x, matrix.rows, output)
+        matrix = self.matrix(weight)
+        product = PRODUCTS[matrix.format.training].forward(self, self._flat(x, matrix.columns), weight)
+        self._restore(product, x, matrix.rows, output)
 
-    def _linear_dx(self, gradient: str, weight: str, output: str) -> None:
-        writer, matrix = self.writer, self._matrices[weight]
-        flat, columns = self._flat(gradient, matrix.rows), matrix.columns
-        product = writer.add("Gemm", [flat, self._dequantised(weight)])
-        if matrix.format.has_offset:
-            shift = writer.add("Gemm", [flat, self.part(weight, "d")])
-            blocks = writer.add("Reshape", [product, writer.integers(-1, columns // BLOCK, BLOCK)])
-            shifted = writer.add("Add", [blocks, writer.add("Unsqueeze", [shift, writer.integers(-1)])])
-            product = writer.add("Reshape", [shifted, writer.integers(-1, columns)])
-        self._restore(product, gradient, columns, output)
+    def matrix(self, weight: str) -> Matrix:
+        """The matrix behind a name."""
+        return self._matrices[weight]
 
-    def block_sums(self, x: str, columns: int) -> str:
-        """Sums of x[..., K] over each block of 32 columns, computed once for all matrices that read x."""
-        if x not in self._sums:
-            writer = self.writer
-            blocks = writer.add("Reshape", [x, writer.integers(-1, columns // BLOCK, BLOCK)])
-            self._sums[x] = writer.add("ReduceSum", [blocks, writer.integers(-1)], keepdims=0)
-        return self._sums[x]
-
-    def part(self, weight: str, part: str) -> str:
+    def part(self, weight: str, suffix: str) -> str:
         """Name of a stored tensor of a matrix, noted as something that the graph reads."""
-        name, matrix = f"{weight}.{part}", self._matrices[weight]
-        dtype = "uint8" if part == "q" else "float32"
-        self.weights[name] = (dtype, matrix.format.part_shape(part, matrix.rows, matrix.columns))
+        name, matrix = f"{weight}.{suffix}", self._matrices[weight]
+        part = matrix.format.part(suffix)
+        self.weights.setdefault(name, (part.dtype, part.shape(matrix.rows, matrix.columns)))
         return name
 
-    def _dequantised(self, weight: str) -> str:
-        if weight not in self._dense:
-            writer, rows = self.writer, self._matrices[weight].rows
-            if isinstance(rows, int):
-                count = writer.constant(np.array(rows, np.int64))
-            else:
-                shape = writer.add("Shape", [self.part(weight, "q")], start=0, end=1)
-                count = writer.add("Squeeze", [shape])
-            zero, one = writer.constant(np.array(0, np.int64)), writer.constant(np.array(1, np.int64))
-            self._dense[weight] = self._gather(weight, writer.add("Range", [zero, count, one]))
-        return self._dense[weight]
-
-    def _gather(self, weight: str, ids: str, output: str | None = None) -> str:
-        tensors = [self.part(weight, "q"), ids, self.part(weight, "s")]
-        return self.writer.add(
-            "GatherBlockQuantized",
-            tensors,
-            output,
-            domain=MICROSOFT,
-            bits=self._matrices[weight].format.bits,
-            block_size=BLOCK,
-            gather_axis=0,
-            quantize_axis=1,
+    def floats(self, weight: str, suffix: str) -> str:
+        """A part in single precision."""
+        return self.once(
+            ("floats", weight, suffix),
+            lambda: self.writer.add("Cast", [self.part(weight, suffix)], to=onnx.TensorProto.FLOAT),
         )
+
+    def scale(self, weight: str) -> str:
+        """The scales in single precision."""
+        return self.floats(weight, "s")
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` wrote for this key, written once a graph."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+    def _rows(self, ids: str, weight: str, output: str) -> None:
+        products = PRODUCTS[self.matrix(weight).format.training]
+        assert isinstance(products, Bytes), "embeddings are in 8 bits"
+        writer = self.writer
+        shape = writer.add(
+            "Concat", [writer.add("Shape", [ids]), writer.integers(self.matrix(weight).columns)], axis=0
+        )
+        writer.add("Reshape", [products.rows(self, ids, weight), shape], output)
 
     def _flat(self, x: str, width: Size) -> str:
         """x as a matrix. Only symbolic rows (the streamed head) come as a matrix already."""
         if self._is_matrix:
             return x
         assert isinstance(width, int)
-        return self.writer.add("Reshape", [x, self.writer.integers(-1, width)])
+        return self.once(
+            ("flat", x), lambda: self.writer.add("Reshape", [x, self.writer.integers(-1, width)])
+        )
 
     def _restore(self, matrix: str, like: str, width: Size, output: str) -> None:
         writer = self.writer
@@ -153,7 +137,7 @@ class Lowering:
 
 
 class DecodeLowering(Lowering):
-    """The same products by `MatMulNBits`, for constant weights; `levels` gives the accuracy level by weight name."""
+    """The same products with constant weights; `levels` gives `MatMulNBits`' accuracy level by weight name."""
 
     def __init__(self, matrices: Mapping[str, Matrix], levels: Mapping[str, int]) -> None:
         super().__init__(matrices)
@@ -161,20 +145,33 @@ class DecodeLowering(Lowering):
 
     def linear(self, x: str, weight: str, output: str) -> None:
         """output[..., N] = x[..., K] W^T."""
-        writer, matrix = self.writer, self._matrices[weight]
-        if not matrix.format.has_offset:
+        writer, matrix = self.writer, self.matrix(weight)
+        if matrix.format.decoding == "MatMulBnb4":
+            writer.add("Identity", [bnb_product(self, x, weight)], output)
+        elif matrix.format.decoding != "MatMulNBits":
+            super().linear(x, weight, output)
+        elif not matrix.format.has_offset:
             self._product(x, weight, output)
-            return
-        product = self._product(x, weight)
-        sums = self.block_sums(x, matrix.columns)
-        shift = writer.add("Gemm", [sums, self.part(weight, "d")], transB=1)
-        writer.add("Add", [product, writer.add("Reshape", [shift, writer.add("Shape", [product])])], output)
+        else:
+            product = self._product(x, weight)
+            sums = block_sums(self, x, matrix.columns)
+            zero = writer.constant(np.float32(matrix.format.zero))
+            centre = writer.add(
+                "Add", [self.floats(weight, "m"), writer.add("Mul", [self.scale(weight), zero])]
+            )
+            shift = writer.add("Gemm", [sums, centre], transB=1)
+            writer.add(
+                "Add", [product, writer.add("Reshape", [shift, writer.add("Shape", [product])])], output
+            )
 
     def _product(self, x: str, weight: str, output: str | None = None) -> str:
-        matrix = self._matrices[weight]
+        """By code - zero; the runtime folds the cast of the scales when it loads the graph."""
+        matrix = self.matrix(weight)
         bits, blocks = matrix.format.bits, matrix.columns // BLOCK
-        tensors = [x, self.part(weight, "q"), self.part(weight, "s")]
+        tensors = [x, self.part(weight, "q"), self.scale(weight)]
         self.weights[f"{weight}.q"] = ("uint8", (matrix.rows, blocks, BLOCK * bits // 8))
+        if "z" in matrix.format.suffixes:
+            tensors.append(self.part(weight, "z"))
         return self.writer.add(
             "MatMulNBits",
             tensors,

@@ -1,6 +1,6 @@
 """The weight file: one flat file of named tensors that training and decoding both map into memory.
 
-Names are `L{i}/{module}.w.q|.s|.d` for the parts of a frozen matrix, `L{i}/{module}.b` for its bias,
+Names are `L{i}/{module}.w.q|.s|.m` and so on for the parts of a frozen matrix, `L{i}/{module}.b` for its bias,
 `L{i}/{norm}.weight`, `EMB.q|.s` and `norm.weight`. A tensor of 4 KB or more starts on a page, a smaller one on a
 cache line, so that a device maps the file and feeds slices of it without a copy.
 """
@@ -19,7 +19,7 @@ import torch
 from fedge.errors import DataError
 from fedge.release import TensorPlace
 from quantize.blocks import layers_of, linears_of
-from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat, decode, encode
+from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat, converted, decode, encode
 from quantize.source import Source
 
 Tensors = Mapping[str, npt.NDArray]
@@ -81,10 +81,10 @@ def _parts(
     source: Source, full: str, parameter: Any, place: str, fmt: WeightFormat
 ) -> Iterator[tuple[str, npt.NDArray]]:
     known, weight = source.exact.get(full), _floats(parameter, full)
-    parts = known[1] if known is not None and known[0] == fmt.name else encode(weight, fmt)
+    parts = (converted(*known, fmt) if known is not None else None) or encode(weight, fmt)
     with torch.no_grad():
         parameter.copy_(torch.from_numpy(decode(parts, fmt)))
-    return ((f"{place}.{part}", parts[part]) for part in fmt.parts)
+    return ((f"{place}.{part}", parts[part]) for part in fmt.suffixes)
 
 
 def _floats(parameter: Any, name: str) -> npt.NDArray[np.float32]:

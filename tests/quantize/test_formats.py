@@ -56,12 +56,16 @@ def test_random_q4_1_matrices_come_back() -> None:
 def test_an_ordinary_matrix_is_within_half_a_step() -> None:
     weight = np.random.default_rng(1).standard_normal((16, 96)).astype(np.float32)
     blocks = weight.reshape(16, 3, BLOCK)
-    for fmt, step in (
-        (INT4D, (blocks.max(-1) - blocks.min(-1)) / 15),
-        (INT8G, np.abs(blocks).max(-1) / 127),
+    span = blocks.max(-1) - blocks.min(-1)
+    for name, step in (
+        ("int4d", span / 15),
+        ("int4gz", span / 15 * 2),  # its zero is a whole number: half a step more at the ends
+        ("int8g", np.abs(blocks).max(-1) / 127),
+        ("int8d", span / 255 * 2),  # scale and offset in half precision move the ends by a fraction of a step
+        ("int8c", np.repeat(np.abs(weight).max(-1, keepdims=True) / 127, 3, 1)),
     ):
-        miss = np.abs(decode(encode(weight, fmt), fmt) - weight).reshape(blocks.shape)
-        assert (miss <= step[..., None] * 0.5001).all()
+        miss = np.abs(decode(encode(weight, FORMATS[name]), FORMATS[name]) - weight).reshape(blocks.shape)
+        assert (miss <= step[..., None] * 0.51).all(), name
 
 
 @given(
@@ -82,14 +86,15 @@ def test_encoding_what_was_decoded_changes_nothing(weight: np.ndarray, name: str
 def test_the_low_nibble_comes_first() -> None:
     codes = np.arange(BLOCK, dtype=np.uint8)[None, None] % 16
     parts = assemble(codes, np.ones((1, 1), np.float32), None, INT4D)
+    assert parts["m"] == -8
     assert parts["q"][0, :3].tolist() == [0x10, 0x32, 0x54]
     assert decode(parts, INT4D)[0, :4].tolist() == [-8, -7, -6, -5]
 
 
-@pytest.mark.parametrize("value", [0.0, 0.25, -3.0])
+@pytest.mark.parametrize("value", [0.0, 0.25, -3.0, 0.3])
 def test_a_constant_block_has_a_usable_scale(value: float) -> None:
-    weight = np.full((1, BLOCK), value, np.float32)
+    weight = np.full((1, 2 * BLOCK), value, np.float32)
     for fmt in FORMATS.values():
         parts = encode(weight, fmt)
-        assert (parts["s"] != 0).all()
-        assert np.allclose(decode(parts, fmt), weight, rtol=1e-6)
+        assert (parts["s"] != 0).all() or fmt.name == "nf4"  # its absmax divides nothing
+        assert np.allclose(decode(parts, fmt), weight, rtol=5e-4 if fmt.name in ("int8g", "int4gz") else 1e-6), fmt.name

@@ -130,12 +130,11 @@ def test_a_gguf_computes_what_the_model_computes(llama: Any, tmp_path: Path) -> 
     ("change", "said"),
     [
         (lambda w: w.add_expert_count(4), "llama.expert_count"),
-        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), "llama.rope.scaling.type"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "llama.rope.scaling.type"),
         (lambda w: w.add_rope_dimension_count(8), "llama.rope.dimension_count"),
-        (lambda w: w.add_tensor("output.weight", np.zeros((304, 64), np.float32)), "output.weight"),
-        (lambda w: w.add_tensor("rope_freqs.weight", np.zeros(8, np.float32)), "rope_freqs.weight"),
-        (lambda w: w.add_tokenizer_pre("llama-bpe"), "gpt2/llama-bpe"),
-        (lambda w: w.add_tokenizer_model("llama"), "llama/smollm"),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), "rope_freqs.weight"),
+        (lambda w: w.add_tokenizer_pre("unheard-of"), "gpt2/unheard-of"),
+        (lambda w: w.add_tokenizer_model("bert"), "bert/smollm"),
     ],
 )
 def test_what_a_gguf_may_not_hold_is_named(change: Any, said: str, llama: Any, tmp_path: Path) -> None:
