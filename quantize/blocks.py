@@ -1,29 +1,36 @@
-"""The repeated block of a Llama-family model: where it is, and how it looks when its matrices are frozen.
+"""The repeated block of a model with its matrices frozen: what is trained in it, and what is only read.
 
-Rule: nothing of the caller's model is changed. A copy of the first layer becomes the pattern of all layers, which
-is sound only while every layer has the same modules, names and shapes; `check_layers` refuses otherwise.
+Rule: nothing of the caller's model is changed. A copy of the pattern layer stands for all layers, which is sound
+only while every layer has the same modules, names and shapes; `check_layers` refuses otherwise. How a matrix lies
+is read from its module, never from its shape: transformers' Conv1D keeps (in, out) where nn.Linear has (out, in).
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedge.errors import ConfigError, UnsupportedError
 from fedge.lora import LoraConfig
+from quantize.anatomy import Anatomy, layers_of
 from quantize.formats import BLOCK
 from quantize.placeholder import linear
+
+MatrixModule = nn.Linear | Conv1D
 
 
 class FrozenLinear(nn.Module):
     """x W^T + b + scale (x A^T) B^T: W behind a placeholder operator, A and B present when the module is a target."""
 
-    def __init__(self, source: nn.Linear, lora: LoraConfig | None) -> None:
+    def __init__(self, source: MatrixModule, lora: LoraConfig | None) -> None:
         super().__init__()
-        rows, columns = source.weight.shape
-        self.w = nn.Parameter(source.weight.detach(), requires_grad=False)
+        weight = matrix_of(source)
+        rows, columns = weight.shape
+        self.w = nn.Parameter(weight.detach(), requires_grad=False)
         self.b = None if source.bias is None else nn.Parameter(source.bias.detach(), requires_grad=False)
         self.lora = lora
         if lora is not None:
@@ -46,31 +53,39 @@ class SigmoidLinearUnit(nn.Module):
         return x * torch.sigmoid(x)
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers, first to last."""
-    return list(model.model.layers)
+class _AllSeen:
+    """A layer's own causal mask that hides nothing: the mask that the layer is given hides the future already."""
+
+    def __getitem__(self, place: Any) -> Tensor:
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
-def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
+def linears_of(layer: nn.Module) -> dict[str, MatrixModule]:
     """Every matrix product of a layer: module path -> module, in sorted order."""
     return dict(
-        sorted((name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear))
+        sorted((n, module) for n, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D))
     )
+
+
+def matrix_of(module: MatrixModule) -> Tensor:
+    """The weight of a matrix product as (out, in), a view of the module's own."""
+    weight: Tensor = module.weight
+    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def check_layers(model: nn.Module) -> None:
     """Raise UnsupportedError unless all layers have one signature and every matrix fits blocks of 32."""
-    signatures = [_signature(layer) for layer in layers_of(model)]
+    layers = layers_of(model)
+    signatures = [_signature(layer) for layer in layers]
     for index, signature in enumerate(signatures):
         if signature != signatures[0]:
             odd = sorted(set(signature) ^ set(signatures[0]))[0]
             raise UnsupportedError(f"layer {index} differs from layer 0", field="layer", value=odd)
-    for name, module in linears_of(layers_of(model)[0]).items():
-        if module.in_features % BLOCK:
+    for name, module in linears_of(layers[0]).items():
+        columns = matrix_of(module).shape[1]
+        if columns % BLOCK:
             raise UnsupportedError(
-                f"rows of {name} are not a multiple of {BLOCK} long",
-                field="in_features",
-                value=module.in_features,
+                f"rows of {name} are not a multiple of {BLOCK} long", field="in_features", value=columns
             )
 
 
@@ -91,7 +106,11 @@ def adapted_modules(model: nn.Module, lora: LoraConfig) -> dict[str, tuple[int, 
             raise ConfigError(
                 "no module has this name", field="lora-targets", value=target, hint=f"This model has {known}"
             )
-    shapes = {n: (m.out_features, m.in_features) for n, m in linears.items() if _is_target(n, lora.targets)}
+    shapes = {}
+    for name, module in linears.items():
+        if _is_target(name, lora.targets):
+            rows, columns = matrix_of(module).shape
+            shapes[name] = (rows, columns)
     if not 1 <= lora.r <= min(map(min, shapes.values())):
         raise ConfigError("rank is out of range", field="lora-rank", value=lora.r)
     return shapes
@@ -101,16 +120,27 @@ def _is_target(name: str, targets: tuple[str, ...]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def frozen_block(model: nn.Module, lora: LoraConfig) -> nn.Module:
-    """A copy of the first layer with FrozenLinear in the place of every nn.Linear."""
-    block = copy.deepcopy(layers_of(model)[0]).eval().requires_grad_(False)
-    adapted = adapted_modules(model, lora)
+def frozen_block(anatomy: Anatomy, lora: LoraConfig) -> nn.Module:
+    """A copy of the pattern layer with FrozenLinear in the place of every matrix product."""
+    block = copy.deepcopy(anatomy.layers[anatomy.pattern]).eval().requires_grad_(False)
+    adapted = adapted_modules(anatomy.model, lora)
     for name, module in linears_of(block).items():
         block.set_submodule(name, FrozenLinear(module, lora if name in adapted else None))
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation":
             block.set_submodule(name, SigmoidLinearUnit())
+        if "mask" in anatomy.aux:
+            _drop_causal_masks(module)
     return block
+
+
+def _drop_causal_masks(module: nn.Module) -> None:
+    """A buffer of the length of the position table would end up in the graph, and the mask says the same."""
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        square = buffer.dtype == torch.bool and buffer.dim() == 4 and buffer.shape[-1] == buffer.shape[-2]
+        if square and torch.equal(buffer, buffer.tril()) and bool(buffer.diagonal(0, -2, -1).all()):
+            delattr(module, name)
+            setattr(module, name, _AllSeen())
 
 
 def block_parameters(block: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -37,10 +37,9 @@ from quantize import gates
 from quantize.blocks import adapted_modules, check_layers
 from quantize.chat import chat_format
 from quantize.choice import choose, is_exact
-from quantize.decode import inference_graph
+from quantize.decode import inference_graph, is_decodable
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import operators
-from quantize.joint import AUX
 from quantize.source import Source, file_digest, load
 from quantize.training import head_dim, training_graphs
 from quantize.weights import Progress, quantise, write_weights
@@ -106,8 +105,10 @@ class _Build:
         tensors = quantise(source, fmt, tell)
         self._places: Mapping[str, TensorPlace] = write_weights(folder / WEIGHTS, tensors)
         del tensors
-        graphs = training_graphs(source.model, lora, fmt, tell)
-        infer = graphs["infer.onnx"] = inference_graph(source.model, lora, fmt, self._places)
+        graphs = training_graphs(source.anatomy, lora, fmt, tell)
+        infer = None
+        if is_decodable(source.anatomy):
+            infer = graphs["infer.onnx"] = inference_graph(source.anatomy, lora, fmt, self._places)
         tell("export", 1.0)
         self._operators: set[str] = set()
         for file, graph in graphs.items():
@@ -121,7 +122,8 @@ class _Build:
         self._operators |= operators(graph)
 
     def manifest(self, shapes: dict[str, tuple[int, int]], name: str, publisher: str) -> Manifest:
-        config, source = self._source.model.config, self._source
+        source, anatomy = self._source, self._source.anatomy
+        config = source.model.config
         return Manifest(
             format=FORMAT,
             model=name,
@@ -130,19 +132,21 @@ class _Build:
             source_sha256=source.sha256,
             weights_format=self._format.name,
             embedding_format=EMBEDDING_FORMAT,
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            vocabulary=config.vocab_size,
+            layers=len(anatomy.layers),
+            hidden=anatomy.hidden,
+            vocabulary=anatomy.vocabulary,
             heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=head_dim(source.model),
             positions_max=config.max_position_embeddings,
-            head_tied=True,
+            head_tied=anatomy.head_tied,
+            layer_kinds=anatomy.kinds,
+            logit_cap=anatomy.logit_cap,
             eos_id=source.eos_id,
             pad_id=source.pad_id,
             lora=self._lora,
             lora_shapes=shapes,
-            aux=AUX,
+            aux=anatomy.aux_outputs,
             head_rows=self._head_rows,
             operators=tuple(sorted(self._operators)),
             runtime_min=RUNTIME_MIN,

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from fedge.lora import LoraConfig
 from fedge.release import WEIGHTS, TensorPlace
+from quantize.anatomy import Anatomy
 from quantize.blocks import block_parameters, frozen_block
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat
 from quantize.graph import GraphWriter, canonical, expand_powers, fold, make_model, select, tensor_input
-from quantize.joint import AUX, call_block, export_norm, to_onnx
+from quantize.joint import export_norm, to_onnx
 from quantize.lower import DecodeLowering, Matrix
 from quantize.placeholder import DOMAIN, EMBEDDING, LINEAR
 from quantize.training import head_dim
@@ -40,6 +41,15 @@ _BLOCK_LEVEL: Final = LEVEL_EXACT
 _HEAD_LEVEL: Final = LEVEL_INT8
 
 _HEAD: Final = "HEAD"  # the embedding once more, as MatMulNBits declares its shape
+_AUX: Final = ("mask", "cos", "sin")
+
+
+def is_decodable(anatomy: Anatomy) -> bool:
+    """Whether this module can write the inference graph of a model: rotary positions, layers of one kind."""
+    if anatomy.aux != _AUX or anatomy.kinds or anatomy.logit_cap or anatomy.call.cache is None:
+        return False
+    grouped = getattr(anatomy.model.config, "num_key_value_heads", None) is not None
+    return grouped and anatomy.call.shapes["cos"][-1] == head_dim(anatomy.model)
 
 
 class _Cache:
@@ -55,10 +65,10 @@ class _Cache:
 
 
 class _CachedBlock(nn.Module):
-    def __init__(self, block: nn.Module, names: list[str]) -> None:
+    def __init__(self, anatomy: Anatomy, block: nn.Module, names: list[str]) -> None:
         super().__init__()
-        self._call = [block]  # in a list, so that the block's parameters are no parameters of this module
-        self._names = names
+        # In a list, so that the block's parameters are no parameters of this module.
+        self._block, self._anatomy, self._names = [block], [anatomy], names
 
     def forward(
         self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, *rest: Tensor
@@ -67,12 +77,13 @@ class _CachedBlock(nn.Module):
         # The mask's length is a symbol of its own to the exporter; the cut ties it to the cache.
         mask = mask[:, :, :, : k.shape[2] + x.shape[1]]
         parameters = dict(zip(self._names, rest, strict=True))
-        y = call_block(self._call[0], parameters, x, mask, cos, sin, past_key_values=cache)
+        aux = {"mask": mask, "cos": cos, "sin": sin}
+        y = self._anatomy[0].call(self._block[0], parameters, x, aux, cache=cache)
         assert cache.was_updated, "attention did not use the cache it was given"
         return y, cache.keys, cache.values
 
 
-def export_cached_block(block: nn.Module, config: Any, width: int) -> onnx.ModelProto:
+def export_cached_block(anatomy: Anatomy, block: nn.Module, config: Any, width: int) -> onnx.ModelProto:
     """Inputs x, k, v, mask, cos, sin, adapter, frozen tensors; outputs y, nk, nv."""
     adapter, frozen = block_parameters(block)
     tensors = {**adapter, **frozen}
@@ -83,23 +94,24 @@ def export_cached_block(block: nn.Module, config: Any, width: int) -> onnx.Model
     auto = torch.export.Dim.AUTO
     shapes = ({0: auto, 1: auto}, *[{0: auto, 2: auto}] * 2, {0: auto, 2: auto, 3: auto}, *[{1: auto}] * 2)
     program = torch.export.export(
-        _CachedBlock(block, list(tensors)),
+        _CachedBlock(anatomy, block, list(tensors)),
         (x, cache, cache.clone(), mask, table, table.clone(), *tensors.values()),
         dynamic_shapes=(*shapes, (None,) * len(tensors)),
         strict=False,
     )
-    return to_onnx(program, ("x", "k", "v", *AUX, *tensors), ("y", "nk", "nv"))
+    return to_onnx(program, ("x", "k", "v", *_AUX, *tensors), ("y", "nk", "nv"))
 
 
 def inference_graph(
-    model: Any, lora: LoraConfig, fmt: WeightFormat, places: Mapping[str, TensorPlace]
+    anatomy: Anatomy, lora: LoraConfig, fmt: WeightFormat, places: Mapping[str, TensorPlace]
 ) -> onnx.ModelProto:
     """infer.onnx over the tensors at `places` of weights.bin."""
-    block, config = frozen_block(model, lora), model.config
+    model = anatomy.model
+    block, config = frozen_block(anatomy, lora), model.config
     adapter, frozen = block_parameters(block)
     layers = config.num_hidden_layers
-    cached = expand_powers(fold(export_cached_block(block, config, head_dim(model))))
-    norm = select(expand_powers(fold(export_norm(model.model.norm, config.hidden_size))), ["f"])
+    cached = expand_powers(fold(export_cached_block(anatomy, block, config, head_dim(model))))
+    norm = select(expand_powers(fold(export_norm(anatomy.norm, config.hidden_size))), ["f"])
     stitched = _stitch(cached, norm, config, {n: tuple(v.shape) for n, v in adapter.items()}, head_dim(model))
     matrices = {
         f"L{index}/{name}": Matrix(value.shape[0], value.shape[1], fmt)
@@ -139,7 +151,7 @@ def _stitch(
     x = writer.add(EMBEDDING, ["ids", "EMB"], domain=DOMAIN)
     for index in range(config.num_hidden_layers):
         own = {name: f"{name}{index}" for name in ("k", "v", "nk", "nv")}
-        x = _inline(writer, block, f"L{index}/", {"x": x, **own, **{name: name for name in AUX}})["y"]
+        x = _inline(writer, block, f"L{index}/", {"x": x, **own, **{name: name for name in _AUX}})["y"]
         for name in ("k", "v"):
             inputs.append(tensor_input(own[name], "float32", ["B", heads, "P", width]))
             outputs.append(tensor_input(own[f"n{name}"], "float32", ["B", heads, "T", width]))
@@ -177,7 +189,7 @@ def _externalised(model: onnx.ModelProto, places: Mapping[str, TensorPlace]) -> 
     """Inputs that lie in the weight file become initialisers that point there."""
     kept, tensors = [], list(model.graph.initializer)
     for value in model.graph.input:
-        place = places.get(value.name.replace(f"{_HEAD}.", "EMB."))
+        place = places.get(value.name) or places.get(value.name.replace(f"{_HEAD}.", "EMB."))
         if place is None:
             kept.append(value)
         else:
@@ -199,7 +211,7 @@ def _reference(value: onnx.ValueInfoProto, place: TensorPlace) -> onnx.TensorPro
 
 def _frozen_inputs(block: onnx.ModelProto, adapter: Mapping[str, object]) -> list[onnx.ValueInfoProto]:
     """Frozen tensors of the block that are no matrices (norms, biases); matrices get their parts when lowered."""
-    known = {"x", "k", "v", *AUX, *adapter}
+    known = {"x", "k", "v", *_AUX, *adapter}
     return [value for value in block.graph.input if value.name not in known]
 
 

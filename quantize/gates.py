@@ -25,7 +25,7 @@ from fedge.lora import LoraConfig
 from fedge.release import OPERATORS_ALLOWED, WEIGHTS, TensorPlace
 from quantize.decode import LEVEL_EXACT, at_level
 from quantize.formats import WeightFormat
-from quantize.reference import Batch, log_probabilities, random_adapter, torch_gradients, two_layer_cut
+from quantize.reference import Batch, cut, layers_of_every_kind, log_probabilities, random_adapter, torch_gradients
 from quantize.runner import IGNORE, Array, Decoder, Runner
 from quantize.source import Source
 from quantize.weights import Progress, map_weights, quantise
@@ -62,7 +62,7 @@ class Draft:
     folder: Path
     places: Mapping[str, TensorPlace]
     operators: frozenset[str]
-    infer: onnx.ModelProto
+    infer: onnx.ModelProto | None  # None: this family cannot be decoded yet
     head_rows: int
 
 
@@ -95,18 +95,36 @@ class Exam:
         figures |= self._quantisation()
         tell("gates", 0.4)
         tensors = map_weights(draft.folder / WEIGHTS, draft.places)
-        runner = Runner(draft.folder, tensors, self.source.model.config.num_hidden_layers, draft.head_rows)
+        anatomy = self.source.anatomy
+        runner = Runner(
+            draft.folder,
+            tensors,
+            len(anatomy.layers),
+            draft.head_rows,
+            kinds=anatomy.kinds,
+            cap=anatomy.logit_cap,
+        )
         figures |= self._whole(runner)
         tell("gates", 0.7)
-        figures |= self._decoding(draft.folder, draft.infer, runner)
+        if draft.infer is not None:
+            figures |= self._decoding(draft.folder, draft.infer, runner)
         tell("gates", 1.0)
         return {name: _rounded(value) for name, value in figures.items()}
 
     def _cut(self, folder: Path) -> float:
-        model = two_layer_cut(self.source.model.config, _CUT_VOCABULARY)
-        cut = Source(model, "", b"", "", "", "", 0, 0)
-        tensors = quantise(cut, self.fmt, lambda phase, fraction: None)
-        runner = Runner(folder, tensors, 2, head_rows=_CUT_VOCABULARY // 2 - 1)
+        anatomy = self.source.anatomy
+        chosen = layers_of_every_kind(anatomy)
+        model = cut(self.source.model.config, chosen, _CUT_VOCABULARY)
+        small = Source(model, "", b"", "", "", "", 0, 0)
+        tensors = quantise(small, self.fmt, lambda phase, fraction: None)
+        runner = Runner(
+            folder,
+            tensors,
+            len(chosen),
+            head_rows=_CUT_VOCABULARY // 2 - 1,
+            kinds=[anatomy.kinds[index] for index in chosen] if anatomy.kinds else (),
+            cap=anatomy.logit_cap,
+        )
         random = np.random.default_rng(0)
         adapter = random_adapter(model, self.lora, random, scale=0.02)
         errors = []

@@ -6,7 +6,7 @@ decoding graph has constant weights, which the runtime prepacks: there it is `Ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -191,39 +191,3 @@ def lower(
     """The model with placeholders over `shapes` (rows, columns) replaced by operators for training."""
     fmt = FORMATS[format_name]
     return Lowering({name: Matrix(*shape, fmt) for name, shape in shapes.items()}).run(model)
-
-
-def embedding_rows(hidden: int, format_name: str) -> onnx.ModelProto:
-    """rows.onnx: rows[M, D] of the embedding EMB at ids[M]."""
-    writer = GraphWriter()
-    writer.add(EMBEDDING, ["ids", "EMB"], "rows", domain=DOMAIN)
-    model = writer.model(
-        [tensor_input("ids", "int64", ["M"]), tensor_input("EMB", "float32", ["V", hidden])],
-        [tensor_input("rows", "float32", ["M", hidden])],
-    )
-    return lower(model, {"EMB": ("V", hidden)}, format_name)
-
-
-def cross_entropy_slice(hidden: int, format_name: str) -> onnx.ModelProto:
-    """ce.onnx: one vocabulary slice of a streamed softmax over f[M, D] W^T.
-
-    Running maximum m, denominator z and sum acc of exp-weighted rows, as in online softmax (Milakov and
-    Gimelshein 2018, arXiv 1805.02867). After the last slice log-sum-exp is m + log z and the gradient of it with
-    respect to f is acc / z. The first slice gets m = -1e30, z = 0, acc = 0.
-    """
-    writer = GraphWriter()
-    one = writer.integers(1)
-    logits = writer.add(LINEAR, ["f", "W"], domain=DOMAIN)
-    top = writer.add("Max", [writer.add("ReduceMax", [logits, one], keepdims=1), "m"], "m2")
-    shrink = writer.add("Exp", [writer.add("Sub", ["m", top])])
-    weights = writer.add("Exp", [writer.add("Sub", [logits, top])])
-    total = writer.add("ReduceSum", [weights, one], keepdims=1)
-    writer.add("Add", [writer.add("Mul", ["z", shrink]), total], "z2")
-    rows = writer.add(LINEAR_DX, [weights, "W"], domain=DOMAIN)
-    writer.add("Add", [writer.add("Mul", ["acc", shrink]), rows], "acc2")
-    widths = {"f": hidden, "W": hidden, "m": 1, "z": 1, "acc": hidden}
-    inputs = [tensor_input(n, "float32", ["R" if n == "W" else "M", width]) for n, width in widths.items()]
-    outputs: Sequence[onnx.ValueInfoProto] = [
-        tensor_input(n, "float32", ["M", w]) for n, w in (("m2", 1), ("z2", 1), ("acc2", hidden))
-    ]
-    return lower(writer.model(inputs, outputs), {"W": ("R", hidden)}, format_name)

@@ -68,13 +68,14 @@ linear.register_autograd(_linear_backward, setup_context=_save_weight)
 
 @cache
 def translations() -> dict[Any, Callable[..., Any]]:
-    """How torch's exporter writes the placeholders, and two aten operators whose stock translation is wasteful."""
+    """How torch's exporter writes the placeholders, look-ups, and two operators whose stock translation is wasteful."""
     _register_schemas()
     fedge = onnxscript.values.Opset(DOMAIN, 1)
     return {
         torch.ops.fedge.linear.default: lambda x, w: fedge.Linear(x, w),
         torch.ops.fedge.linear_dx.default: lambda x, w: fedge.LinearDx(x, w),
         torch.ops.fedge.embedding.default: lambda ids, w: fedge.Embedding(ids, w),
+        torch.ops.aten.embedding.default: _embedding,
         torch.ops.aten.slice_scatter.default: _slice_scatter,
         torch.ops.aten.empty_permuted.default: _empty_permuted,
     }
@@ -88,6 +89,13 @@ def _register_schemas() -> None:
         kinds = [floats, integers] if first == "I" else [floats]
         made = schema(name, DOMAIN, 1, inputs=inputs, outputs=[parameter("y", "T")], type_constraints=kinds)
         onnx.defs.register_schema(made)
+
+
+def _embedding(
+    weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Any:
+    """The model's own look-up; what else it may say is about the gradient of the table."""
+    return onnxscript.values.Opset(DOMAIN, 1).Embedding(indices, weight)
 
 
 def _slice_scatter(

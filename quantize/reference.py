@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,13 @@ import torch
 from torch import Tensor
 
 from fedge.lora import LoraConfig
-from quantize.blocks import adapted_modules, layers_of
+from quantize.anatomy import Anatomy, layers_of
+from quantize.blocks import adapted_modules
 from quantize.runner import IGNORE, Array
 from quantize.source import build_model
+
+
+_CUT_LAYERS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +47,25 @@ class Batch:
         return Batch(ids, mask, labels)
 
 
-def two_layer_cut(config: Any, vocabulary: int) -> Any:
-    """The same architecture with two layers, a small vocabulary and random weights."""
-    cut = copy.deepcopy(config)
-    cut.num_hidden_layers, cut.vocab_size, cut.pad_token_id = 2, vocabulary, None
-    if getattr(cut, "layer_types", None):
-        cut.layer_types = cut.layer_types[:2]
+def layers_of_every_kind(anatomy: Anatomy) -> list[int]:
+    """Two layers or more, in order, every kind among them."""
+    chosen = {index for index, _ in anatomy.readers.values()}
+    for index in range(len(anatomy.layers)):
+        if len(chosen) < _CUT_LAYERS:
+            chosen.add(index)
+    return sorted(chosen)
+
+
+def cut(config: Any, layers: Sequence[int], vocabulary: int) -> Any:
+    """The same architecture with these layers alone, a small vocabulary and random weights."""
+    small = copy.deepcopy(config)
+    for name, value in vars(config).items():  # what the configuration says layer by layer
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(small, name, [value[index] for index in layers])
+    small.num_hidden_layers, small.vocab_size, small.pad_token_id = len(layers), vocabulary, None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return build_model(cut)
+        return build_model(small)
 
 
 def random_adapter(

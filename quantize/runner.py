@@ -6,7 +6,7 @@ on purpose: the gates must not trust the code that they protect.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,28 +29,46 @@ def session(path: Path | bytes) -> ort.InferenceSession:
 
 
 class Runner:
-    """Loss and gradients of a batch. `tensors` by their names in the weight file, adapters as L{i}/{module}.A|B."""
+    """Loss and gradients of a batch. `tensors` by their names in the weight file, adapters as L{i}/{module}.A|B.
 
-    def __init__(self, folder: Path, tensors: Mapping[str, Array], layers: int, head_rows: int) -> None:
+    `kinds` and `cap` are the manifest's `layer_kinds` and `logit_cap`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Array],
+        layers: int,
+        head_rows: int,
+        *,
+        kinds: Sequence[str] = (),
+        cap: float = 0.0,
+    ) -> None:
         self._sessions = {name: session(folder / f"{name}.onnx") for name in _GRAPHS}
         self._tensors, self._layers, self._head_rows = tensors, layers, head_rows
+        self._kinds, self._cap = kinds, cap
 
     def features(
         self, ids: Array, mask: Array, adapter: Mapping[str, Array]
     ) -> tuple[Array, list[Array], dict[str, Array]]:
         """(normed output of the last block, input of every block and of the norm, aux tensors)."""
-        x, *aux_values = self._run("prologue", input_ids=ids, attention_mask=mask)
-        names = [output.name for output in self._sessions["prologue"].get_outputs()][1:]
-        aux, inputs = dict(zip(names, aux_values, strict=True)), [x]
+        aux = self.prologue(ids, mask)
+        inputs = [aux.pop("x")]
         for index in range(self._layers):
-            inputs.append(self._run("block_fwd", self._layer(index, adapter), x=inputs[-1], **aux)[0])
+            more = self._layer(index, adapter) | self._own_aux(index, aux)
+            inputs.append(self._run("block_fwd", more, x=inputs[-1])[0])
         return self._run("norm_fwd", h=inputs[-1])[0], inputs, aux
+
+    def prologue(self, ids: Array, mask: Array) -> dict[str, Array]:
+        """x and the aux tensors, by name."""
+        names = [output.name for output in self._sessions["prologue"].get_outputs()]
+        return dict(zip(names, self._run("prologue", input_ids=ids, attention_mask=mask), strict=True))
 
     def rotary(self, length: int) -> tuple[Array, Array]:
         """Cosine and sine tables [1, length, head_dim] of positions 0 to length - 1."""
         ids = np.zeros((1, length), np.int64)
-        _, _, cos, sin = self._run("prologue", input_ids=ids, attention_mask=np.ones_like(ids))
-        return cos, sin
+        found = self.prologue(ids, np.ones_like(ids))
+        return found["cos"], found["sin"]
 
     def losses(self, ids: Array, mask: Array, labels: Array, adapter: Mapping[str, Array]) -> Array:
         """Negative log-likelihood of every label that is not IGNORE, in order; labels are already shifted."""
@@ -69,7 +87,8 @@ class Runner:
         found: dict[str, Array] = {}
         names = [output.name for output in self._sessions["block_bwd"].get_outputs()]
         for index in reversed(range(self._layers)):
-            outputs = self._run("block_bwd", self._layer(index, adapter), x=inputs[index], gy=flow, **aux)
+            more = self._layer(index, adapter) | self._own_aux(index, aux)
+            outputs = self._run("block_bwd", more, x=inputs[index], gy=flow)
             by_name = dict(zip(names, outputs, strict=True))
             flow = by_name.pop("gx")
             found |= {f"L{index}/{name.removeprefix('g:')}": value for name, value in by_name.items()}
@@ -82,13 +101,25 @@ class Runner:
         rows = self._run("rows", ids=ids)[0]
         top, total = np.full((len(f), 1), -1e30, np.float32), np.zeros((len(f), 1), np.float32)
         weighted = np.zeros_like(f)
-        codes, scales = self._tensors["EMB.q"], self._tensors["EMB.s"]
-        for start in range(0, len(codes), self._head_rows):
+        table = "HEAD" if "HEAD.q" in self._tensors else "EMB"
+        parts = {name: value for name, value in self._tensors.items() if name.startswith(f"{table}.")}
+        for start in range(0, len(parts[f"{table}.q"]), self._head_rows):
             part = slice(start, start + self._head_rows)
-            feed = {"W.q": codes[part], "W.s": scales[part], "m": top, "z": total, "acc": weighted}
-            top, total, weighted = self._run("ce", feed, f=f)
-        at_label = (f * rows).sum(1, keepdims=True)
-        return (top + np.log(total) - at_label)[:, 0], weighted / total - rows
+            feed = {f"W{name.removeprefix(table)}": value[part] for name, value in parts.items()}
+            top, total, weighted = self._run("ce", feed | {"m": top, "z": total, "acc": weighted}, f=f)
+        at_label, slope = (f * rows).sum(1, keepdims=True), 1.0
+        if self._cap:
+            bent = np.tanh(at_label / self._cap)
+            at_label, slope = self._cap * bent, 1 - bent * bent
+        return (top + np.log(total) - at_label)[:, 0], weighted / total - slope * rows
+
+    def _own_aux(self, index: int, aux: Mapping[str, Array]) -> dict[str, Array]:
+        """What the block of this layer calls mask, cos and so on: its kind's where there is one."""
+        own = {name: value for name, value in aux.items() if "@" not in name}
+        if self._kinds:
+            tail = f"@{self._kinds[index]}"
+            own |= {n.removesuffix(tail): value for n, value in aux.items() if n.endswith(tail)}
+        return own
 
     def _layer(self, index: int, adapter: Mapping[str, Array]) -> dict[str, Array]:
         prefix = f"L{index}/"

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ import torch
 from fedge.errors import DataError, NoInputError, UnavailableError, UnsupportedError
 from fedge.io.model_source import ModelSource, resolve_model
 from quantize import tokenizer as tokenizers
+from quantize.anatomy import Anatomy, dissect
 from quantize.formats import Parts
 from quantize.supported import check_config
 from quantize.chat_template import template_in, tokens_in
@@ -35,7 +37,7 @@ _HUB_FILES: Final = [
 _README_LICENCE: Final = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: a property is cached
 class Source:
     """A causal LM in float32 with eager attention, ready to be taken apart.
 
@@ -53,6 +55,11 @@ class Source:
     exact: dict[str, tuple[str, Parts]] = field(default_factory=dict)
     chat_template: str = ""
     template_tokens: dict[str, str] = field(default_factory=dict)  # special tokens that the template names
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Its parts. Raises UnsupportedError naming what was not found."""
+        return dissect(self.model)
 
 
 def load(text: str) -> Source:

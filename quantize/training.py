@@ -7,28 +7,29 @@ from typing import Any
 import onnx
 
 from fedge.lora import LoraConfig
+from quantize.anatomy import Anatomy
 from quantize.blocks import block_parameters, frozen_block
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import canonical, expand_powers, fold, select
-from quantize.joint import export_block, export_norm, export_prologue
-from quantize.lower import cross_entropy_slice, embedding_rows, lower
+from quantize.head import HEAD, cross_entropy_slice, output_rows
+from quantize.joint import export_block, export_norm
+from quantize.lower import lower
+from quantize.prologue import TABLE, export_prologue
 from quantize.weights import Progress
 
 
 def training_graphs(
-    model: Any, lora: LoraConfig, fmt: WeightFormat, tell: Progress
+    anatomy: Anatomy, lora: LoraConfig, fmt: WeightFormat, tell: Progress
 ) -> dict[str, onnx.ModelProto]:
     """File name -> graph, as docs/building-blocks.md lists them."""
-    hidden, block = model.config.hidden_size, frozen_block(model, lora)
+    hidden, block = anatomy.hidden, frozen_block(anatomy, lora)
     _, frozen = block_parameters(block)
     shapes = {name: tuple(value.shape) for name, value in frozen.items() if name.endswith(".w")}
-    joint = expand_powers(fold(export_block(block, hidden, head_dim(model))))
+    joint = expand_powers(fold(export_block(anatomy, block)))
     tell("export", 0.5)
-    norm = expand_powers(fold(export_norm(model.model.norm, hidden)))
+    norm = expand_powers(fold(export_norm(anatomy.norm, hidden)))
     tell("export", 0.55)
-    prologue = lower(
-        fold(export_prologue(model.model.rotary_emb, hidden)), {"EMB": ("V", hidden)}, EMBEDDING_FORMAT
-    )
+    prologue = lower(fold(export_prologue(anatomy)), {TABLE: ("V", hidden)}, EMBEDDING_FORMAT)
     backward = [value.name for value in joint.graph.output if value.name != "y"]
     graphs = {
         "prologue.onnx": prologue,
@@ -36,8 +37,8 @@ def training_graphs(
         "block_bwd.onnx": lower(select(joint, backward), shapes, fmt.name),
         "norm_fwd.onnx": select(norm, ["f"]),
         "norm_bwd.onnx": select(norm, ["gh"]),
-        "rows.onnx": embedding_rows(hidden, EMBEDDING_FORMAT),
-        "ce.onnx": cross_entropy_slice(hidden, EMBEDDING_FORMAT),
+        "rows.onnx": output_rows(hidden, TABLE if anatomy.head_tied else HEAD, EMBEDDING_FORMAT),
+        "ce.onnx": cross_entropy_slice(hidden, EMBEDDING_FORMAT, anatomy.logit_cap),
     }
     tell("export", 0.6)
     return {name: canonical(graph) for name, graph in graphs.items()}

@@ -1,7 +1,8 @@
 """The weight file: one flat file of named tensors that training and decoding both map into memory.
 
 Names are `L{i}/{module}.w.q|.s|.m` and so on for the parts of a frozen matrix, `L{i}/{module}.b` for its bias,
-`L{i}/{norm}.weight`, `EMB.q|.s` and `norm.weight`. A tensor of 4 KB or more starts on a page, a smaller one on a
+`L{i}/{norm}.weight`, `EMB.q|.s`, `HEAD.q|.s` where the output matrix is not the embedding, `norm.weight`, and `POS`
+or the model's own name for what else is read before the first layer. A tensor of 4 KB or more starts on a page, a smaller one on a
 cache line, so that a device maps the file and feeds slices of it without a copy.
 """
 
@@ -18,8 +19,10 @@ import torch
 
 from fedge.errors import DataError
 from fedge.release import TensorPlace
-from quantize.blocks import layers_of, linears_of
+from quantize.blocks import linears_of, matrix_of
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat, converted, decode, encode
+from quantize.head import HEAD
+from quantize.prologue import TABLE, outer_names
 from quantize.source import Source
 
 Tensors = Mapping[str, npt.NDArray]
@@ -32,21 +35,27 @@ _LINE: Final = 64
 def quantise(source: Source, fmt: WeightFormat, tell: Progress) -> dict[str, npt.NDArray]:
     """All tensors of the weight file. The model's own weights become the dequantised ones: the gates' reference."""
     tensors: dict[str, npt.NDArray] = {}
-    layers = layers_of(source.model)
-    for index, layer in enumerate(layers):
+    anatomy = source.anatomy
+    for index, layer in enumerate(anatomy.layers):
         matrices = linears_of(layer)
         for name, parameter in layer.named_parameters():
             module, _, kind = name.rpartition(".")
-            full, place = f"model.layers.{index}.{name}", f"L{index}/{module}"
+            full, place = f"{anatomy.layers_path}.{index}.{name}", f"L{index}/{module}"
             if module in matrices and kind == "weight":
-                tensors |= _parts(source, full, parameter, f"{place}.w", fmt)
+                tensors |= _parts(source, full, matrix_of(matrices[module]), f"{place}.w", fmt)
             else:
                 tensors[f"{place}.b" if module in matrices else f"L{index}/{name}"] = _floats(parameter, full)
-        tell("quantise", (index + 1) / (len(layers) + 1))
-    table = source.model.get_input_embeddings().weight
-    tensors |= _parts(source, "model.embed_tokens.weight", table, "EMB", FORMATS[EMBEDDING_FORMAT])
-    for name, parameter in source.model.model.norm.named_parameters():
+        tell("quantise", (index + 1) / (len(anatomy.layers) + 1))
+    named, outer = dict(source.model.named_parameters()), outer_names(anatomy)
+    tables = {TABLE: outer.pop(TABLE)}
+    if anatomy.head is not None and not anatomy.head_tied:
+        tables[HEAD] = next(name for name, value in named.items() if value is anatomy.head.weight)
+    for place, full in tables.items():
+        tensors |= _parts(source, full, named[full], place, FORMATS[EMBEDDING_FORMAT])
+    for name, parameter in anatomy.norm.named_parameters():
         tensors[f"norm.{name}"] = _floats(parameter, name)
+    for place, full in outer.items():
+        tensors[place] = _floats(named[full], full)
     tell("quantise", 1.0)
     return tensors
 

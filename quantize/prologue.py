@@ -1,0 +1,158 @@
+"""What a model does before its first layer, as one graph: the rows of the embedding and the tensors that layers share.
+
+The model's own code is traced, with every layer replaced by a stub that notes how it was called. So a scaled embedding, learned positions, a sliding window's mask or a second rotary table come over
+because the model computes them, not because somebody remembered to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Final
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from quantize.anatomy import Anatomy, Slot, arguments_of, take, unrotated, untraceable
+from quantize.joint import EXAMPLE, dimensions, to_onnx, tracing
+from quantize.placeholder import DOMAIN, EMBEDDING
+
+TABLE: Final = "EMB"  # the embedding, quantised
+POSITIONS: Final = "POS"  # a table of learned positions, as it is
+_ROWS: Final = 17  # of the traced embedding; any other number works at run time
+
+
+class _Stub(nn.Module):
+    """Stands where a layer stood, notes the call, and looks like the layer to whoever asks it something."""
+
+    def __init__(self, layer: nn.Module, hidden: str, calls: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self._layer = [layer]  # in a list: its parameters are none of this module's
+        self._hidden, self._calls = hidden, calls
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, *args: Any, **words: Any) -> Any:
+        arguments = arguments_of(self._layer[0], args, words)
+        self._calls.append(arguments)
+        return (arguments[self._hidden],)
+
+
+class _Untupled(_Stub):
+    """The same for layers that return the hidden states alone."""
+
+    def forward(self, *args: Any, **words: Any) -> Any:
+        return super().forward(*args, **words)[0]
+
+
+class Prologue(nn.Module):
+    """(ids, attention mask, outer tensors) -> (x, aux tensors in the order of `Anatomy.aux_outputs`)."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        super().__init__()
+        self._calls: list[dict[str, Any]] = []
+        self._anatomy = [anatomy]
+        stub = _Stub if anatomy.tuples else _Untupled
+        # A copy without the layers and what follows them, and with a small table in the place of the large one.
+        memo: dict[int, Any] = {
+            id(layer): stub(layer, anatomy.call.hidden, self._calls) for layer in anatomy.layers
+        }
+        memo |= {id(module): nn.Identity() for module in (anatomy.norm, anatomy.head) if module is not None}
+        small = nn.Parameter(torch.zeros(_ROWS, anatomy.hidden), requires_grad=False)
+        memo[id(anatomy.embedding.weight)] = small
+        self.skeleton = copy.deepcopy(anatomy.model, memo)
+        self.skeleton.get_input_embeddings().padding_idx = None  # matters to its gradient alone
+        self.outer = outer_names(anatomy)
+
+    def forward(self, ids: Tensor, mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.run({"input_ids": ids, "attention_mask": mask}, *tensors)
+
+    def run(self, words: Mapping[str, Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same for a call of the model with these words."""
+        anatomy, calls = self._anatomy[0], self._calls
+        calls.clear()
+        given = dict(zip(self.outer.values(), tensors, strict=True))
+        torch.func.functional_call(self.skeleton, given, (), dict(words))
+        found = [calls[0][anatomy.call.hidden]]
+        for name in anatomy.aux:
+            readers = anatomy.readers.values()
+            if name in anatomy.shared:
+                index, slots = next(reader for reader in readers if name in reader[1])
+                found.append(take(slots[name], calls[index]))
+            else:
+                found += [self._own(name, calls[index], slots) for index, slots in readers]
+        return tuple(found)
+
+    def _own(self, name: str, given: Mapping[str, Any], slots: Mapping[str, Slot]) -> Tensor:
+        if name in slots:
+            return take(slots[name], given)
+        return unrotated(name, take(self._anatomy[0].call.slots[name], given))
+
+
+def outer_names(anatomy: Anatomy) -> dict[str, str]:
+    """Name in the weight file -> name in the model, of every parameter outside layers, norm and head; EMB first."""
+    names = {}
+    skipped = {id(value) for layer in anatomy.layers for value in layer.parameters()}
+    skipped |= {id(value) for module in (anatomy.norm, anatomy.head) if module for value in module.parameters()}
+    skipped.discard(id(anatomy.embedding.weight))
+    positions = _position_table(anatomy)
+    for name, value in anatomy.model.named_parameters():
+        if value is anatomy.embedding.weight:
+            names = {TABLE: name, **names}
+        elif id(value) not in skipped:
+            names[POSITIONS if value is positions else name] = name
+    return names
+
+
+def _position_table(anatomy: Anatomy) -> Tensor | None:
+    longest = getattr(anatomy.model.config, "max_position_embeddings", None)
+    for module in anatomy.model.modules():
+        if isinstance(module, nn.Embedding) and module is not anatomy.embedding:
+            if longest is not None and module.num_embeddings >= longest:
+                return module.weight
+    return None
+
+
+def export_prologue(anatomy: Anatomy) -> onnx.ModelProto:
+    """Inputs input_ids, attention_mask, EMB and other outer tensors by name; outputs x and `Anatomy.aux_outputs`."""
+    program = Prologue(anatomy)
+    ids = torch.zeros(EXAMPLE, dtype=torch.long)
+    own = dict(program.skeleton.named_parameters())
+    tensors = tuple(
+        torch.randn(_ROWS, anatomy.hidden) if name == TABLE else own[full].detach()
+        for name, full in program.outer.items()
+    )
+    b, s = dimensions()
+    rows = [{0: Dim("rows", min=2)} if name == TABLE else None for name in program.outer]
+    try:
+        with torch.no_grad(), tracing():
+            exported = torch.export.export(
+                program,
+                (ids, torch.ones_like(ids), *tensors),
+                dynamic_shapes=({0: b, 1: s}, {0: b, 1: s}, tuple(rows)),
+                strict=False,
+            )
+    except Exception as error:  # whatever the model's own code may raise under the exporter
+        raise untraceable("what comes before the layers", anatomy.model, error) from error
+    inputs = ("input_ids", "attention_mask", *program.outer)
+    return _plain_tables(to_onnx(exported, inputs, ("x", *anatomy.aux_outputs)))
+
+
+def _plain_tables(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Rows of every table but the embedding by a plain Gather; inputs that nothing reads are left out."""
+    for node in model.graph.node:
+        if node.domain == DOMAIN and node.op_type == EMBEDDING and node.input[1] != TABLE:
+            node.domain, node.op_type = "", "Gather"
+            node.input[:] = [node.input[1], node.input[0]]
+    used = {name for node in model.graph.node for name in node.input}
+    for value in [value for value in model.graph.input if value.name not in used]:
+        model.graph.input.remove(value)
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
+        model.graph.initializer.remove(tensor)
+    return model
