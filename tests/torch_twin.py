@@ -20,7 +20,7 @@ def torch_twin(bundle: Bundle, source: Path) -> Any:
     manifest = bundle.manifest
     for name in {name.rpartition(".")[0] for name in manifest.tensors if name.endswith(".q")}:
         fmt = FORMATS[manifest.embedding_format if name == "EMB" else manifest.weights_format]
-        parts = {part: bundle.tensor(f"{name}.{part}") for part in fmt.parts}
+        parts = {part: bundle.tensor(f"{name}.{part}") for part in fmt.suffixes}
         parameter = model.get_parameter(_parameter(name))
         parameter.data.copy_(torch.from_numpy(decode(parts, fmt)))
     model.config.use_cache = False
