@@ -18,7 +18,7 @@ device whose facts or stay changed says a new READY under its old prekey; one th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, TypeVar
 
 import msgspec
@@ -58,7 +58,7 @@ class Agent(RoundWorker):
     def handle(self, now: float, event: Event) -> list[Effect]:
         """The effects of `event` at Unix time `now`, in the order in which they must be carried out."""
         if type(event) is effects.TimerFired and self.phase is Phase.OFFERED:
-            return list(self._ready_again(now, event))  # nearly all that a waiting device ever does
+            return self._ready_again(now, event)  # nearly all that a waiting device ever does
         done: list[Effect] = []  # what was decided before a refusal stands, in the state as on the disk
         try:
             key, argument = self._read(now, event)
@@ -257,20 +257,19 @@ class Agent(RoundWorker):
         )
         return self._save(counter=ready.counter, prekey=secret, ready=self.signer.seal(ready))
 
-    def _say_ready(self) -> Iterator[Effect]:
+    def _say_ready(self) -> list[Effect]:
         """Says the current READY, and again after the campaign's check-in time, so that the hub knows us present."""
-        yield effects.Publish(topics.control(self.device), self.state.ready)
         low, high = _JITTER
         seconds = self.announcement.checkin_seconds * (low + (high - low) * self._draw())
-        yield effects.SetTimer("ready", seconds)
+        ready = effects.Publish(topics.control(self.device), self.state.ready)
+        return [ready, effects.SetTimer("ready", seconds)]
 
     def _draw(self) -> float:
         """In [0, 1)."""
         return int.from_bytes(self.entropy(2), "big") / 65_536
 
-    def _ready_again(self, now: float, event: effects.TimerFired) -> Iterator[Effect]:
-        if event.name == "ready":
-            yield from self._say_ready()
+    def _ready_again(self, now: float, event: effects.TimerFired) -> list[Effect]:
+        return self._say_ready() if event.name == "ready" else []
 
     def _missed(self, now: float, argument: tuple[Opened[Result], bytes]) -> Iterator[Effect]:
         """A round was opened with our READY and ended without us: that READY is spent, a fresh one is said."""
@@ -302,7 +301,7 @@ class Agent(RoundWorker):
 
 
 # ---------------------------------------------------------------- the machine as one table
-Handler = Callable[..., Iterator[Effect]]
+Handler = Callable[..., Iterable[Effect]]
 
 # In every phase; a phase's own row comes first.
 ALWAYS: Final[dict[type, Handler]] = {

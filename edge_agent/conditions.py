@@ -7,7 +7,6 @@ one more signed message. The reason why a device may not work is its owner's alo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
 
@@ -40,8 +39,7 @@ _DAY_SECONDS: Final = 86_400
 _NEVER: Final = float("inf")
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True, gc=False):
     """One look at the board. `share_on` is of the last 7 days; `upload_kbit` 0 = not known yet."""
 
     power: Literal["mains", "charging", "battery"] = "mains"

@@ -57,7 +57,7 @@ class Admission(RoundKeeper):
                     self._set_training(contact, state, training=True)
             elif contact.training:
                 self._at(now + AWAY_SECONDS, self._left, contact)
-        if here and contact.envelope:
+        if here and contact.envelope and not contact.watched:
             self._watch(contact)
         yield from self._recount(now, contact)
 

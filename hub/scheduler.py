@@ -22,8 +22,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from fedge import limits
 from fedge.formation import transfer_seconds
@@ -46,8 +47,7 @@ PRESENT_CHECKINS: Final = 3  # a waiting device is here while it was heard withi
 
 
 # ---------------------------------------------------------------- how much work
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True, gc=False):
     """One member's part of a round: local steps, and adapted layers from the top (0 = all)."""
 
     steps: int

@@ -120,7 +120,7 @@ def _why(
     hub: Hub, now: float, contact: Contact, campaign: CampaignState | None, bloc: BlocState | None
 ) -> str:
     """The first reason that holds; the ones that its owner or operator can do something about come first."""
-    if hub.device(contact.device).quarantined:
+    if contact.row is not None and contact.row.quarantined:
         return "quarantined"
     if campaign is None:
         return "no campaign" if contact.here else "absent"

@@ -150,7 +150,7 @@ def stratify(integers: npt.NDArray[np.signedinteger]) -> npt.NDArray[np.uint32]:
 
     A word that wraps is off by 2^b, so its stratum's sum is; two wraps go unseen only if they are opposite and meet.
     """
-    rows = integers.astype(np.int32).view(np.uint32).reshape(-1, STRATA)
+    rows = integers.astype(np.int32, copy=False).view(np.uint32).reshape(-1, STRATA)
     sums: npt.NDArray[np.uint32] = rows.sum(axis=0, dtype=np.uint32)
     return sums
 

@@ -11,7 +11,8 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from functools import lru_cache
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -20,13 +21,14 @@ from fedge.limits import BLOC_DEVICES_MIN
 from fedge.messages import Open, Receipt, decode, decode_envelope
 from fedge.secagg.bloc import BlocSum
 from fedge.secagg.ring import Words, add_words
+from fedge.topics import device_of
 from fedge.update import codec as coding
 from fedge.update.metadata import unpack
 from fedge.update.rotation import Vector
 from firmware_sim.faults.tampering import tag
 from firmware_sim.rules.device_rules import DeviceRules, Fail
 from hub import effects
-from hub.effects import BlocRow, CampaignRow, DeviceRow, RoundRow, Row
+from hub.effects import BlocRow, CampaignRow, DeviceRow, RoundRow
 
 LEASE_SECONDS: Final = (
     600.0  # a round may last this much longer than its window: ticks, and a hub that restarts
@@ -70,6 +72,12 @@ class HubRules:
         self.counters: dict[str, int] = {}
         self.counted: dict[str, set[bytes]] = {}  # device -> updates that are in an opened sum
         self.looked = Counter[str]()  # how often each rule had something to judge
+        self._judges: dict[type, Callable[[Any], None]] = {
+            CampaignRow: self._campaign,
+            BlocRow: self._bloc,
+            RoundRow: self._round,
+            DeviceRow: self._device,
+        }
 
     def fate(self, transcript: bytes) -> str:
         """What is durably known of a round; empty for none, and when its campaign is over."""
@@ -79,26 +87,19 @@ class HubRules:
     def carried_out(self, effect: object) -> None:
         """Judges one effect of the hub, after it was carried out."""
         if isinstance(effect, effects.Save):
-            self._saved(effect.row)
+            judge = self._judges.get(type(effect.row))
+            if judge is not None:
+                judge(effect.row)
         elif isinstance(effect, effects.Publish):
             self._between()
             if effect.topic.endswith("/dn/ack") and tag(effect.payload) == "receipt":
-                self._receipt(
-                    effect.topic.split("/")[3], decode(decode_envelope(effect.payload).body, Receipt)
-                )
+                receipt = decode(decode_envelope(effect.payload).body, Receipt)
+                self._receipt(device_of(effect.topic), receipt)
 
-    def _saved(self, row: Row) -> None:
-        match row:
-            case CampaignRow():
-                self._campaign(row)
-            case BlocRow():
-                self._bloc(row)
-            case RoundRow():
-                self._round(row)
-            case DeviceRow():
-                if row.counter < self.counters.get(row.id, -1):
-                    self._fail("goes-back", f"the hub's READY counter of {row.id} went back to {row.counter}")
-                self.counters[row.id] = row.counter
+    def _device(self, row: DeviceRow) -> None:
+        if row.counter < self.counters.get(row.id, -1):
+            self._fail("goes-back", f"the hub's READY counter of {row.id} went back to {row.counter}")
+        self.counters[row.id] = row.counter
 
     # ------------------------------------------------------------ campaigns and blocs
     def _campaign(self, row: CampaignRow) -> None:
@@ -144,7 +145,7 @@ class HubRules:
             return
         before = self.rounds.get(row.transcript)
         if row.state == "open":
-            if before is not None and not _reporters(before) <= _reporters(row):
+            if before is not None and not _reports(before.sum).keys() <= _reports(row.sum).keys():
                 self._fail("lost-report", f"a report left the running sum of {row.bloc}")
             self.rounds[row.transcript] = row
             return
@@ -229,7 +230,7 @@ class HubRules:
         if row is None:
             if receipt.transcript not in self.ended:
                 self._fail("acknowledged", f"{device}'s report was accepted for a round that is not durable")
-        elif BlocSum.from_bytes(row.sum).digest_of(device) != receipt.digest:
+        elif _reports(row.sum).get(device) != receipt.digest:
             self._fail("acknowledged", f"{device}'s report was accepted and is not in the durable sum")
 
     def overdue(self, unix: float) -> RoundRow | None:
@@ -251,15 +252,17 @@ def fold_factor(campaign: CampaignRow, blocs: int, row: RoundRow, members: int, 
     return factor
 
 
-class _Reporters(msgspec.Struct, array_like=True):
+class _Reports(msgspec.Struct, array_like=True):
     h: bytes
     members: tuple[str, ...]
     layout: msgspec.Raw
     digests: dict[str, bytes]
 
 
-_reporters_decoder: Final = msgspec.msgpack.Decoder(_Reporters)
+_reports_decoder: Final = msgspec.msgpack.Decoder(_Reports)
 
 
-def _reporters(row: RoundRow) -> frozenset[str]:
-    return frozenset(_reporters_decoder.decode(row.sum).digests)
+@lru_cache(maxsize=256)
+def _reports(row_sum: bytes) -> dict[str, bytes]:
+    """The members whose reports are in a stored sum, and the SHA-256 of each; not to be changed."""
+    return _reports_decoder.decode(row_sum).digests

@@ -58,7 +58,7 @@ class Invariants:
     # ------------------------------------------------------------ what happens
     def device(self, name: str, effect: object) -> None:
         """An effect of a device was carried out."""
-        at = self._clock()[0]
+        at, _ = self._clock()
         self._trail.append((at, name, effect))
         self.device_rules.carried_out(at, name, effect)
 

@@ -35,6 +35,7 @@ RECOVER_SECONDS: Final = (5.0, 300.0)  # edge_agent.driver: between two tries of
 CUT_SECONDS: Final = 60.0  # median of an outage that a fault at a Save begins
 _STARTED: Final = effects.Started()
 _STALE_MIN, _STALE_SHARE = 1_000, 0.25
+_SHARED_MAX: Final = 4_096
 
 # ---- why a device is off
 SCHEDULE, EMPTY, FORCED, GONE = 1, 2, 4, 8
@@ -111,7 +112,9 @@ class Fleet:
         }
 
     def shared(self, found: Conditions) -> Conditions:
-        """One object for all devices of which the same may be said."""
+        """One object for most devices of which the same may be said."""
+        if len(self._conditions) >= _SHARED_MAX:
+            self._conditions.clear()  # what is said no more would take more room than all that is
         return self._conditions.setdefault(found, found)
 
     # ------------------------------------------------------------ life

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from fedge import topics
@@ -159,8 +158,11 @@ class HubSide:
 
     def _event(self, event: Event) -> None:
         assert self.machine is not None
-        with suppress(PowerFailed):
-            self._carry_out(self.machine.handle(self._now(), event))
+        wanted = self.machine.handle(self._now(), event)
+        try:
+            self._carry_out(wanted)
+        except PowerFailed:
+            pass
 
     def _now(self) -> float:
         now = START + self.world.now + self._offset
@@ -170,9 +172,11 @@ class HubSide:
         saves = [effect for effect in wanted if type(effect) is effects.Save]
         if saves:
             self._transaction(wanted, saves)
+        carry_out = self.carry_out
         for effect in wanted:
-            if type(effect) is not effects.Save:  # carried out with its transaction
-                self.carry_out[type(effect)](effect)
+            kind = type(effect)
+            if kind is not effects.Save:  # carried out with its transaction
+                carry_out[kind](effect)
 
     def _transaction(self, wanted: list[Effect], saves: list[effects.Save]) -> None:
         for effect in wanted:
@@ -183,9 +187,10 @@ class HubSide:
         if self._full or (where and where != "after"):  # SQLite rolls a torn transaction back
             self._die("before")
         self.store.commit(saves)
+        row, told = world.recorder.row, self.carry_out[effects.Save]
         for save in saves:
-            world.recorder.row(save.row)
-            self.carry_out[effects.Save](save)
+            row(save.row)
+            told(save)
         if where:
             self._die()
 

@@ -134,8 +134,11 @@ class Surroundings:
     # ------------------------------------------------------------ conditions
     def judge(self, device: Device) -> Conditions:
         """What the board can do now, judged by its owner's policy."""
-        world, parts, number = self.world, device.parts, device.number
         self._settle(device)
+        return self._judged(device)
+
+    def _judged(self, device: Device) -> Conditions:
+        world, parts, number = self.world, device.parts, device.number
         hour = parts.local_hour(world.now)
         thermal = parts.thermal
         reading = Reading(
@@ -183,7 +186,7 @@ class Surroundings:
                 self.switch_on(device, EMPTY)
                 return
         if device.agent is not None:
-            found = self.judge(device)
+            found = self._judged(device)
             if found != device.told:
                 device.told = found
                 self.world.fleet.handle(device, found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Final, Literal
 
 import numpy as np
@@ -109,6 +110,7 @@ class Bowl:
         self._common = common / np.sqrt(np.float32(self._height(common)))
         self._spread = np.float32(1 / math.sqrt(self._height(np.ones(self.numbers, np.float32))))
         self._moves: dict[int, tuple[Vector, Vector]] = {}
+        self._optimum = lru_cache(_CACHED_DEVICES_MAX)(self._made_optimum)
 
     def first(self) -> bytes:
         return bytes(self.numbers * _LITTLE.itemsize)
@@ -133,7 +135,7 @@ class Bowl:
         height = self._height(self._optimum(number) - np.frombuffer(adapter, _LITTLE))
         return np.array([height], np.float32)
 
-    def _optimum(self, number: int) -> Vector:
+    def _made_optimum(self, number: int) -> Vector:
         word = Stream(self._seed, number, "bowl").word()
         pair = self._table[word % _ROWS] + self._table[(word >> 32) % _ROWS]
         optimum: Vector = self._common + self._spread * pair

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 
 import msgspec
 import pytest
@@ -24,7 +23,13 @@ WELL = Reading(free_memory_mb=1_000, up_seconds=100_000.0, share_on=0.99, upload
 def now(
     policy: Policy | None = None, hour: float = NOON, facts: Facts = FACTS, **reading: object
 ) -> Conditions:
-    return judge(policy or Policy(), replace(WELL, **reading), facts, MIDNIGHT_UTC + 7_200, local_hour=hour)
+    return judge(
+        policy or Policy(),
+        msgspec.structs.replace(WELL, **reading),
+        facts,
+        MIDNIGHT_UTC + 7_200,
+        local_hour=hour,
+    )
 
 
 # ---------------------------------------------------------------- what may be known
