@@ -10,6 +10,7 @@ shape.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def _merge_folder(
                 metadata = stream.metadata()
             save_file(changed, part / shard.name, metadata=metadata or {"format": "pt"})
         _set_dtype(part / "config.json", dtype)
+        _name_tokenizer(part)
         return work.done()
 
 
@@ -103,6 +105,7 @@ def _merge_gguf(
         model.save_pretrained(part, safe_serialization=True)
         (part / "tokenizer.json").write_bytes(source.tokenizer)
         _set_dtype(part / "config.json", dtype)
+        _name_tokenizer(part)
         return work.done()
 
 
@@ -207,10 +210,15 @@ def _transposed_modules(model: Any) -> frozenset[str]:
 def _set_dtype(path: Path, dtype: str) -> None:
     if not dtype:
         return
-    import json
-
     config = json.loads(path.read_bytes())
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _name_tokenizer(folder: Path) -> None:
+    """Without a tokenizer_config.json transformers guesses a class by the model and puts its own tokens in front."""
+    if not (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").exists():
+        return
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
