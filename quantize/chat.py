@@ -108,27 +108,26 @@ class _Reader:
     ) -> tuple[str, str, Literal["turn", "first-user", "last-user"]]:
         """What opens every conversation, what stands for a system turn where there is none, and where one stands."""
         bos = self._tokens.get("bos_token", "")
+        bos = "" if user_prefix.startswith(bos) else bos  # where it opens every turn, it opens nothing else
         try:
             text = self._model.write(_said("suaua"))
         except TemplateRefused:
-            opening = bos if bos and head.startswith(bos) else ""
+            opening = bos if head.startswith(bos) else ""
             return opening, head[len(opening) :], "turn"
         words = [_word(kind, number) for number, kind in enumerate("suaua")]
         at = [text.find(word) for word in words]
         if min(at) < 0:  # the system's words are nowhere: left out without a word
-            opening = bos if bos and head.startswith(bos) else ""
+            opening = bos if head.startswith(bos) else ""
             return opening, head[len(opening) :], "turn"
         before, behind = text[: at[0]], text[at[0] + len(words[0]) :]
         if at[0] < at[1]:
             between = behind[: behind.index(words[1])]
-            opening = bos if bos and head.startswith(bos) and before.startswith(bos) else ""
+            opening = bos if head.startswith(bos) and before.startswith(bos) else ""
             own = between.endswith(user_prefix) and user_prefix and not before.endswith(user_prefix)
             strip = self._strip("su", "s")
             if own:
                 frames["system"] = Frame(before[len(opening) :], _without(between, user_prefix), strip)
                 return opening, head[len(opening) :], "turn"
-            if not before.startswith(head):
-                opening, head = "", head
             frames["system"] = Frame(before[len(opening) :], between, strip)
             return opening, head[len(opening) :], "first-user"
         # Between the first answer and the last question.

@@ -136,6 +136,15 @@ def test_a_template_that_is_no_table_is_told_and_not_approximated(template: str)
         check(chat, [("user", "a")])
 
 
+def test_a_first_token_that_opens_every_turn_is_part_of_the_turns() -> None:
+    """SmolLM2 names <|im_start|> as the token that begins a text."""
+    tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    chat = chat_format(CHATML, tokens, tokenizer().to_str().encode(), SPECIAL.index("<|im_end|>"))
+    assert chat is not None
+    assert (chat.opening, chat.cannot) == ("", {})
+    assert chat.frames["system"].prefix == "<|im_start|>system\n"
+
+
 def test_a_template_that_cannot_be_read_is_refused() -> None:
     with pytest.raises(DataError, match="chat template cannot be read"):
         ChatTemplate("{% for m in messages %}", TOKENS)

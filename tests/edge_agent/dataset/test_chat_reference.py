@@ -55,7 +55,7 @@ def checked(folder: Path, tokenizer: Path, template: str, tokens: dict[str, str]
         learnt = [encode.decode(ids[start:end]) for start, end in learnt_spans(row)]
         assert len(learnt) == len(answers)
         for found, answer in zip(learnt, answers, strict=True):
-            assert found.lstrip() == (answer + chat.end).lstrip()
+            assert found.lstrip() == (chat.frames["assistant"].text(answer) + chat.end).lstrip()
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2], ids=["chatml", "llama-2"])
