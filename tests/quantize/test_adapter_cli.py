@@ -167,7 +167,40 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path, mine: Path) -> None:
 CONFIGS = {
     "plain": LORA,
     "rank-stabilised": msgspec.structs.replace(LORA, rslora=True),  # F01: 4 times as strong
+    "patterns": msgspec.structs.replace(
+        LORA, rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.down_proj": 3.0}
+    ),
 }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_merged_model_is_the_model_under_peft(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    made = adapter(CONFIGS[name])
+    write_peft_tensors(tmp_path / "peft", made.tensors, made.header.lora, "tiny")
+    write_adapter(tmp_path / "mine", made)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    plain = logits(base)
+    expected = logits(PeftModel.from_pretrained(base, str(tmp_path / "peft")))
+    assert (expected - plain).abs().max() > 0.1
+    for kind in ("mine", "peft"):
+        out = tmp_path / f"m-{kind}"
+        assert main(["adapter", "merge", str(tmp_path / kind), str(out), "--base", str(tiny_model)]) == 0
+        merged = AutoModelForCausalLM.from_pretrained(out)
+        assert (logits(merged) - expected).abs().max() < 1e-4
+    assert (tmp_path / "m-mine" / "tokenizer.json").read_bytes() == (
+        tiny_model / "tokenizer.json"
+    ).read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_gpt2_is_merged_the_right_way_round(tmp_path: Path, tiny_model: Path) -> None:
+    """F06: GPT-2's matrices lie (in, out), and only its square `c_proj` would hide a mistake."""
+    sizes = GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=304, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    tiny.write_model(tmp_path / "gpt2", sizes)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+    shapes = {"attn.c_attn": (192, 64), "attn.c_proj": (64, 64), "mlp.c_fc": (256, 64)}
     lora = msgspec.structs.replace(LORA, targets=("attn.c_attn", "attn.c_proj", "mlp.c_fc"))
     made = adapter(lora, shapes=shapes, architecture="GPT2LMHeadModel", layer_path="transformer.h")
     write_adapter(tmp_path / "mine", made)
