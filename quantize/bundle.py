@@ -18,7 +18,7 @@ import onnx
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedge.errors import UsageError
+from fedge.errors import UnsupportedError, UsageError
 from fedge.io import durable
 from fedge.lora import LoraConfig
 from fedge.release import (
@@ -37,7 +37,7 @@ from quantize import gates
 from quantize.blocks import adapted_modules, check_layers
 from quantize.chat import chat_format
 from quantize.choice import choose, is_exact
-from quantize.decode import inference_graph, is_decodable
+from quantize.decode import inference_graph
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import operators
 from quantize.source import Source, file_digest, load
@@ -106,9 +106,11 @@ class _Build:
         self._places: Mapping[str, TensorPlace] = write_weights(folder / WEIGHTS, tensors)
         del tensors
         graphs = training_graphs(source.anatomy, lora, fmt, tell)
-        infer = None
-        if is_decodable(source.anatomy):
+        try:
             infer = graphs["infer.onnx"] = inference_graph(source.anatomy, lora, fmt, self._places)
+        except UnsupportedError as refusal:  # it trains all the same; manifest.files says that it cannot write
+            infer = None
+            tell(refusal.what, 1.0)
         tell("export", 1.0)
         self._operators: set[str] = set()
         for file, graph in graphs.items():

@@ -1,12 +1,14 @@
-"""The inference graph: ids and a key/value cache in, logits and the longer cache out, over the same weight file.
+"""The inference graph: ids, positions and a key/value cache in, logits and the longer cache out, over the same weights.
 
-It is stitched from the same torch block as the training graphs, exported once more with a cache, and its
-initialisers are external references into `weights.bin`: one copy of the weights on the device, two uses. The
-adapter enters as plain inputs, so a freshly trained one needs no file format.
+Its initialisers are external references into `weights.bin`: one copy of the weights on the device, two uses. The
+adapter enters as plain inputs of any rank, so a freshly trained one needs no file format.
 
-Inputs: ids [B, S] int64; mask [B, 1, S, P+S] added to scores; cos, sin [1, S, d] rows of the rotary tables at the
-positions of ids; k{i}, v{i} [B, kv_heads, P, d]; L{i}/{module}.A|B. Outputs: logits [B, S, V]; nk{i}, nv{i} of length
-P+S. The first call has P = 0.
+Inputs: ids, positions [B, S] int64; at [W] int64: places along S whose logits are wanted; k{i}, v{i}
+[B, heads, P, width]; L{i}/{module}.A|B. Outputs: logits [B, W, V]; nk{i}, nv{i}. The first call has P = 0.
+
+Where the layers can be written in fused operators (`fused`) they are, and then a cache may be longer than what it
+holds: bound to the session as k{i} and nk{i} at once, it is written in place. Otherwise P is exactly what was read,
+and nk{i} is longer by S. A graph with GroupQueryAttention is of the first kind.
 """
 
 from __future__ import annotations
@@ -25,103 +27,62 @@ from fedge.lora import LoraConfig
 from fedge.release import WEIGHTS, TensorPlace
 from quantize.anatomy import Anatomy
 from quantize.blocks import block_parameters, frozen_block
+from quantize.decode_cache import CacheShape, Remembered, cache_shape
+from quantize.decode_start import (
+    MASK,
+    ROTARY,
+    check_arguments,
+    export_start,
+    mask_windows,
+    start_outputs,
+    undecodable,
+    write_masks,
+)
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat
+from quantize.fused import FusedLayers, Recipe, agrees, final_norm, recognise
 from quantize.graph import GraphWriter, canonical, expand_powers, fold, make_model, select, tensor_input
 from quantize.joint import export_norm, to_onnx
 from quantize.lower import DecodeLowering, Matrix
-from quantize.placeholder import DOMAIN, EMBEDDING, LINEAR
-from quantize.training import head_dim
+from quantize.placeholder import DOMAIN, LINEAR
 
 LEVEL_EXACT: Final = 0  # MatMulNBits adds in floats
 LEVEL_INT8: Final = 4  # it rounds activations to 8 bits first
 
-# At one row the 8-bit head costs 130 of 150 ms a token when exact and 7 ms when rounded, for 0.01 nats; blocks are
-# fast either way, and rounding them costs three times as many nats.
-_BLOCK_LEVEL: Final = LEVEL_EXACT
-_HEAD_LEVEL: Final = LEVEL_INT8
-
-_HEAD: Final = "HEAD"  # the embedding once more, as MatMulNBits declares its shape
-_AUX: Final = ("mask", "cos", "sin")
-
-
-def is_decodable(anatomy: Anatomy) -> bool:
-    """Whether this module can write the inference graph of a model: rotary positions, layers of one kind."""
-    if anatomy.aux != _AUX or anatomy.kinds or anatomy.logit_cap or anatomy.call.cache is None:
-        return False
-    grouped = getattr(anatomy.model.config, "num_key_value_heads", None) is not None
-    return grouped and anatomy.call.shapes["cos"][-1] == head_dim(anatomy.model)
-
-
-class _Cache:
-    """What transformers' attention sees as its cache: joins old and new keys and values, and remembers them."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values, self.was_updated = keys, values, False
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
-        self.was_updated = True
-        return self.keys, self.values
-
-
-class _CachedBlock(nn.Module):
-    def __init__(self, anatomy: Anatomy, block: nn.Module, names: list[str]) -> None:
-        super().__init__()
-        # In a list, so that the block's parameters are no parameters of this module.
-        self._block, self._anatomy, self._names = [block], [anatomy], names
-
-    def forward(
-        self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, *rest: Tensor
-    ) -> Any:
-        cache = _Cache(k, v)
-        # The mask's length is a symbol of its own to the exporter; the cut ties it to the cache.
-        mask = mask[:, :, :, : k.shape[2] + x.shape[1]]
-        parameters = dict(zip(self._names, rest, strict=True))
-        aux = {"mask": mask, "cos": cos, "sin": sin}
-        y = self._anatomy[0].call(self._block[0], parameters, x, aux, cache=cache)
-        assert cache.was_updated, "attention did not use the cache it was given"
-        return y, cache.keys, cache.values
-
-
-def export_cached_block(anatomy: Anatomy, block: nn.Module, config: Any, width: int) -> onnx.ModelProto:
-    """Inputs x, k, v, mask, cos, sin, adapter, frozen tensors; outputs y, nk, nv."""
-    adapter, frozen = block_parameters(block)
-    tensors = {**adapter, **frozen}
-    new, past = 5, 7
-    cache = torch.randn(2, config.num_key_value_heads, past, width)
-    x, mask = torch.randn(2, new, config.hidden_size), torch.zeros(2, 1, new, past + new + 3)
-    table = torch.rand(1, new, width)
-    auto = torch.export.Dim.AUTO
-    shapes = ({0: auto, 1: auto}, *[{0: auto, 2: auto}] * 2, {0: auto, 2: auto, 3: auto}, *[{1: auto}] * 2)
-    program = torch.export.export(
-        _CachedBlock(anatomy, block, list(tensors)),
-        (x, cache, cache.clone(), mask, table, table.clone(), *tensors.values()),
-        dynamic_shapes=(*shapes, (None,) * len(tensors)),
-        strict=False,
-    )
-    return to_onnx(program, ("x", "k", "v", *_AUX, *tensors), ("y", "nk", "nv"))
+_TABLE: Final = "EMB"
+_HEAD: Final = (
+    "HEAD"  # the output matrix; when tied, the embedding once more as MatMulNBits declares its shape
+)
 
 
 def inference_graph(
-    anatomy: Anatomy, lora: LoraConfig, fmt: WeightFormat, places: Mapping[str, TensorPlace]
+    anatomy: Anatomy,
+    lora: LoraConfig,
+    fmt: WeightFormat,
+    places: Mapping[str, TensorPlace],
+    *,
+    may_fuse: bool = True,
+    block_level: int = LEVEL_INT8,
 ) -> onnx.ModelProto:
-    """infer.onnx over the tensors at `places` of weights.bin."""
-    model = anatomy.model
-    block, config = frozen_block(anatomy, lora), model.config
-    adapter, frozen = block_parameters(block)
-    layers = config.num_hidden_layers
-    cached = expand_powers(fold(export_cached_block(anatomy, block, config, head_dim(model))))
-    norm = select(expand_powers(fold(export_norm(anatomy.norm, config.hidden_size))), ["f"])
-    stitched = _stitch(cached, norm, config, {n: tuple(v.shape) for n, v in adapter.items()}, head_dim(model))
+    """infer.onnx over the tensors at `places` of weights.bin.
+
+    `block_level` is the accuracy level of the layers' products; the head's is LEVEL_INT8: exact, it alone would take
+    twenty times as long as all layers. Raises UnsupportedError for a family that cannot be decoded.
+    """
+    check_arguments(anatomy)
+    block = frozen_block(anatomy, lora)
+    stack = _Stack(anatomy, block, cache_shape(anatomy, block), mask_windows(anatomy))
+    stitched = stack.write(may_fuse=may_fuse)
+    _, frozen = block_parameters(block)
+    layers = range(len(anatomy.layers))
     matrices = {
         f"L{index}/{name}": Matrix(value.shape[0], value.shape[1], fmt)
-        for index in range(layers)
+        for index in layers
         for name, value in frozen.items()
         if name.endswith(".w")
     }
-    table = Matrix(config.vocab_size, config.hidden_size, FORMATS[EMBEDDING_FORMAT])
-    levels = dict.fromkeys(matrices, _BLOCK_LEVEL) | {_HEAD: _HEAD_LEVEL}
-    lowered = DecodeLowering({**matrices, "EMB": table, _HEAD: table}, levels).run(stitched)
+    table = Matrix(anatomy.vocabulary, anatomy.hidden, FORMATS[EMBEDDING_FORMAT])
+    levels = dict.fromkeys(matrices, block_level) | {_HEAD: LEVEL_INT8}
+    lowered = DecodeLowering({**matrices, _TABLE: table, _HEAD: table}, levels).run(stitched)
     return canonical(_externalised(lowered, places))
 
 
@@ -136,37 +97,150 @@ def at_level(model: onnx.ModelProto, level: int) -> onnx.ModelProto:
     return copy
 
 
-def _stitch(
-    block: onnx.ModelProto,
-    norm: onnx.ModelProto,
-    config: Any,
-    adapter: dict[str, tuple[int, ...]],
-    width: int,
-) -> onnx.ModelProto:
+class _Stack:
     """Embedding, one copy of the block per layer, norm and head, all matrices still placeholders."""
-    writer, heads = GraphWriter("join"), config.num_key_value_heads
-    inputs = [tensor_input("ids", "int64", ["B", "S"]), tensor_input("mask", "float32", ["B", 1, "S", "T"])]
-    inputs += [tensor_input(name, "float32", [1, "S", width]) for name in ("cos", "sin")]
-    outputs = [tensor_input("logits", "float32", ["B", "S", config.vocab_size])]
-    x = writer.add(EMBEDDING, ["ids", "EMB"], domain=DOMAIN)
-    for index in range(config.num_hidden_layers):
-        own = {name: f"{name}{index}" for name in ("k", "v", "nk", "nv")}
-        x = _inline(writer, block, f"L{index}/", {"x": x, **own, **{name: name for name in _AUX}})["y"]
-        for name in ("k", "v"):
-            inputs.append(tensor_input(own[name], "float32", ["B", heads, "P", width]))
-            outputs.append(tensor_input(own[f"n{name}"], "float32", ["B", heads, "T", width]))
-        inputs += [tensor_input(f"L{index}/{name}", "float32", shape) for name, shape in adapter.items()]
-        inputs += [
-            tensor_input(f"L{index}/{v.name}", "float32", _sizes(v)) for v in _frozen_inputs(block, adapter)
+
+    def __init__(
+        self, anatomy: Anatomy, block: nn.Module, cache: CacheShape, windows: Mapping[str, int]
+    ) -> None:
+        self._anatomy, self._block, self._cache, self._windows = anatomy, block, cache, windows
+        adapter, self._frozen = block_parameters(block)
+        self._adapter = {name: list(value.shape) for name, value in adapter.items()}
+        self._layers = range(len(anatomy.layers))
+        self._kinds = anatomy.kinds or ("",) * len(anatomy.layers)
+
+    def write(self, *, may_fuse: bool) -> onnx.ModelProto:
+        """The graph before it is lowered."""
+        writer, anatomy = GraphWriter("join"), self._anatomy
+        start = expand_powers(fold(export_start(anatomy)))
+        known = _inline(writer, start, "start/", {"ids": "ids", "positions": "positions"} | _outer(start))
+        recipe = self._recipe() if may_fuse else None
+        x = known.pop("x")
+        features = self._traced(writer, x, known) if recipe is None else self._fused(writer, recipe, x, known)
+        writer.add(LINEAR, [writer.add("Gather", [features, "at"], axis=1), _HEAD], "raw", domain=DOMAIN)
+        if anatomy.logit_cap:
+            bound = writer.constant(np.float32(anatomy.logit_cap))
+            bent = writer.add("Tanh", [writer.add("Div", ["raw", bound])])
+            writer.add("Mul", [bent, bound], "logits")
+        else:
+            writer.nodes[-1].output[0] = "logits"
+        inputs = [tensor_input(name, "int64", ["B", "S"]) for name in ("ids", "positions")]
+        inputs += [tensor_input("at", "int64", ["W"]), *self._cache_values("", "P"), *self._adapter_inputs()]
+        inputs += [v for v in start.graph.input if v.name not in ("ids", "positions")]
+        inputs += self._frozen_inputs()
+        outputs = [tensor_input("logits", "float32", ["B", "W", anatomy.vocabulary])]
+        return writer.model(inputs, [*outputs, *self._cache_values("n", "T")])
+
+    def _recipe(self) -> Recipe | None:
+        recipe = recognise(self._anatomy, self._block, self._cache, self._windows)
+        if recipe is None or final_norm(self._anatomy) is None:
+            return None
+        return recipe if agrees(self._anatomy, self._block, recipe) else None
+
+    def _fused(self, writer: GraphWriter, recipe: Recipe, x: str, tables: Mapping[str, str]) -> str:
+        anatomy = self._anatomy
+        layers = FusedLayers(writer, recipe, tables, int(anatomy.call.shapes["cos"][-1]))
+        x, skip = writer.add("Reshape", [x, writer.integers(-1, anatomy.hidden)]), None
+        for index in self._layers:
+            x, skip = layers.layer(index, x, skip, self._kinds[index])
+        features, _ = layers.norm(x, skip, "norm.weight", final_norm(anatomy) or 0.0)
+        shape = writer.add("Concat", [writer.add("Shape", ["ids"]), writer.integers(anatomy.hidden)], axis=0)
+        return writer.add("Reshape", [features, shape])
+
+    def _traced(self, writer: GraphWriter, x: str, tables: Mapping[str, str]) -> str:
+        anatomy = self._anatomy
+        block = expand_powers(fold(export_cached_block(anatomy, self._block, self._cache)))
+        norm = select(expand_powers(fold(export_norm(anatomy.norm, anatomy.hidden))), ["f"])
+        aux = {**tables, **write_masks(writer, self._windows, "k0")}
+        for index in self._layers:
+            tail = f"@{self._kinds[index]}"
+            names = {name: aux.get(f"{name}{tail}") or aux[name] for name in anatomy.aux}
+            names |= {"x": x} | {name: f"{name}{index}" for name in ("k", "v", "nk", "nv")}
+            x = _inline(writer, block, f"L{index}/", names)["y"]
+        return _inline(writer, norm, "", {"h": x})["f"]
+
+    def _cache_values(self, prefix: str, length: str) -> list[onnx.ValueInfoProto]:
+        shape: list[int | str] = ["B", self._cache.heads, length, self._cache.width]
+        names = [f"{prefix}{name}{index}" for index in self._layers for name in ("k", "v")]
+        return [tensor_input(name, "float32", shape) for name in names]
+
+    def _adapter_inputs(self) -> list[onnx.ValueInfoProto]:
+        """Of any rank."""
+        values = []
+        for index in self._layers:
+            for name, (rows, columns) in self._adapter.items():
+                shape: list[int | str] = ["r", columns] if name.endswith(".A") else [rows, "r"]
+                values.append(tensor_input(f"L{index}/{name}", "float32", shape))
+        return values
+
+    def _frozen_inputs(self) -> list[onnx.ValueInfoProto]:
+        """Frozen tensors that are no matrices (norms, biases); matrices get their parts when lowered."""
+        plain = {n: list(v.shape) for n, v in self._frozen.items() if not n.endswith(".w")}
+        values = [
+            tensor_input(f"L{i}/{n}", "float32", shape) for i in self._layers for n, shape in plain.items()
         ]
-    features = _inline(writer, norm, "", {"h": x})["f"]
-    inputs += [tensor_input(value.name, "float32", _sizes(value)) for value in norm.graph.input[1:]]
-    writer.add(LINEAR, [features, _HEAD], "logits", domain=DOMAIN)
-    return writer.model(inputs, outputs)
+        norm = self._anatomy.norm.named_parameters()
+        return values + [tensor_input(f"norm.{n}", "float32", list(v.shape)) for n, v in norm]
+
+
+class _CachedBlock(nn.Module):
+    def __init__(self, anatomy: Anatomy, block: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        # In a list, so that the block's parameters are no parameters of this module.
+        self._block, self._anatomy, self._names = [block], [anatomy], names
+
+    def forward(
+        self, x: Tensor, k: Tensor, v: Tensor, aux: tuple[Tensor, ...], tensors: tuple[Tensor, ...]
+    ) -> Any:
+        cache, given = Remembered(k, v), dict(zip(self._anatomy[0].aux, aux, strict=True))
+        if MASK in given:  # its length is a symbol of its own to the exporter; the cut ties it to the cache
+            given[MASK] = given[MASK][:, :, :, : k.shape[2] + x.shape[1]]
+        parameters = dict(zip(self._names, tensors, strict=True))
+        y = self._anatomy[0].call(self._block[0], parameters, x, given, cache=cache)
+        return y, cache.keys, cache.values
+
+
+def export_cached_block(anatomy: Anatomy, block: nn.Module, cache: CacheShape) -> onnx.ModelProto:
+    """Inputs x, k, v, mask, cos, sin (those that it reads), adapter, frozen tensors; outputs y, nk, nv."""
+    adapter, frozen = block_parameters(block)
+    tensors = {**adapter, **frozen}
+    new, past = 5, 7
+    keys = torch.randn(2, cache.heads, past, cache.width)
+    examples: dict[str, Tensor] = {MASK: torch.zeros(2, 1, new, past + new + 3)}
+    examples |= {n: torch.rand(2, new, int(anatomy.call.shapes[n][-1])) for n in ROTARY if n in anatomy.aux}
+    auto = torch.export.Dim.AUTO
+    sizes = {MASK: {0: auto, 2: auto, 3: auto}} | dict.fromkeys(ROTARY, {0: auto, 1: auto})
+    try:
+        program = torch.export.export(
+            _CachedBlock(anatomy, block, list(tensors)),
+            (
+                torch.randn(2, new, anatomy.hidden),
+                keys,
+                keys.clone(),
+                tuple(examples[name] for name in anatomy.aux),
+                tuple(tensors.values()),
+            ),
+            dynamic_shapes=(
+                {0: auto, 1: auto},
+                *[{0: auto, 2: auto}] * 2,
+                tuple(sizes[name] for name in anatomy.aux),
+                (None,) * len(tensors),
+            ),
+            strict=False,
+        )
+    except Exception as error:  # whatever a layer's own code may raise under the exporter
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise undecodable("its layers cannot be traced with a cache", line) from error
+    return to_onnx(program, ("x", "k", "v", *anatomy.aux, *tensors), ("y", "nk", "nv"))
+
+
+def _outer(start: onnx.ModelProto) -> dict[str, str]:
+    """Tensors of the weight file keep their names when the graph is inlined."""
+    return {value.name: value.name for value in start.graph.input}
 
 
 def _inline(
-    writer: GraphWriter, model: onnx.ModelProto, prefix: str, names: dict[str, str]
+    writer: GraphWriter, model: onnx.ModelProto, prefix: str, names: Mapping[str, str]
 ) -> dict[str, str]:
     """Append a graph's nodes; what `names` does not rename gets the prefix. Returns the names of its outputs."""
     constants = {}
@@ -189,7 +263,7 @@ def _externalised(model: onnx.ModelProto, places: Mapping[str, TensorPlace]) -> 
     """Inputs that lie in the weight file become initialisers that point there."""
     kept, tensors = [], list(model.graph.initializer)
     for value in model.graph.input:
-        place = places.get(value.name) or places.get(value.name.replace(f"{_HEAD}.", "EMB."))
+        place = places.get(value.name) or places.get(value.name.replace(f"{_HEAD}.", f"{_TABLE}."))
         if place is None:
             kept.append(value)
         else:
@@ -201,19 +275,12 @@ def _reference(value: onnx.ValueInfoProto, place: TensorPlace) -> onnx.TensorPro
     """The declared shape may group the same bytes differently: MatMulNBits wants codes with three axes."""
     kind = value.type.tensor_type
     size = math.prod(place.shape) * np.dtype(place.dtype).itemsize
+    dims = [axis.dim_value for axis in kind.shape.dim] or list(place.shape)
+    if math.prod(dims) != math.prod(place.shape):
+        dims = list(place.shape)  # declared with a symbol, as the embedding's rows are
     tensor = TensorProto(
-        name=value.name, data_type=kind.elem_type, dims=_sizes(value), data_location=TensorProto.EXTERNAL
+        name=value.name, data_type=kind.elem_type, dims=dims, data_location=TensorProto.EXTERNAL
     )
     for key, entry in (("location", WEIGHTS), ("offset", place.offset), ("length", size)):
         tensor.external_data.add(key=key, value=str(entry))
     return tensor
-
-
-def _frozen_inputs(block: onnx.ModelProto, adapter: Mapping[str, object]) -> list[onnx.ValueInfoProto]:
-    """Frozen tensors of the block that are no matrices (norms, biases); matrices get their parts when lowered."""
-    known = {"x", "k", "v", *_AUX, *adapter}
-    return [value for value in block.graph.input if value.name not in known]
-
-
-def _sizes(value: onnx.ValueInfoProto) -> list[int]:
-    return [size.dim_value for size in value.type.tensor_type.shape.dim]

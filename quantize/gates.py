@@ -2,6 +2,7 @@
 
 (a) a two-layer cut of the architecture with random weights: gradients of the shipped graphs against torch autograd;
 (b) the whole model, one batch: loss and gradients against torch on the dequantised weights;
+    and, without an adapter, the features at every position of a text longer than any sliding window;
 (c) loss of the source against the quantised model, and KL(source || quantised), on a fixed text;
 (d) the decoding graph against the training graphs, and cached decoding against a full re-run;
 (e) only operators that a device allows; (f) all layers alike (`blocks.check_layers`, before any work).
@@ -25,7 +26,18 @@ from fedge.lora import LoraConfig
 from fedge.release import OPERATORS_ALLOWED, WEIGHTS, TensorPlace
 from quantize.decode import LEVEL_EXACT, at_level
 from quantize.formats import WeightFormat
-from quantize.reference import Batch, cut, layers_of_every_kind, log_probabilities, random_adapter, torch_gradients
+from quantize.reference import (
+    Batch,
+    cut,
+    features,
+    largest_window,
+    layers_of_every_kind,
+    log_probabilities,
+    outer_inputs,
+    positions_max,
+    random_adapter,
+    torch_gradients,
+)
 from quantize.runner import IGNORE, Array, Decoder, Runner
 from quantize.source import Source
 from quantize.weights import Progress, map_weights, quantise
@@ -39,8 +51,15 @@ DECODE_ERROR_MAX: Final = 1e-5  # mean over labels, relative to the loss, adding
 CACHE_ERROR_MAX: Final = 1e-4  # of a logit, relative to the largest
 DECODE_CHANGE_MAX: Final = 0.1  # nats, of the shipped graph with its 8-bit activations; measured 0.01
 
+POSITION_ERROR_MAX: Final = 1e-3  # relative, of the features at the worst position; a lost window is near 1
+AUX_ERROR_MAX: Final = 1e-4  # of what precedes the layers; masks must be equal in what they hide
+
 _CUT_VOCABULARY: Final = 320
 _CUT_SHAPES: Final = ((1, 5), (3, 17), (2, 40))
+_POSITIONS: Final = 64  # at least so many are compared, and some beyond a window where there is one
+_BEYOND: Final = 9
+_FEATURES_POSITIONS_MAX: Final = 640  # of a whole model; a longer window is looked for in the masks alone
+_MASK_POSITIONS_MAX: Final = 8_192  # a mask of so many squared is 268 MB
 _BATCH_TOKENS: Final = 48
 _CACHED_STEPS: Final = 8
 _TEXTS: Final = (
@@ -80,7 +99,7 @@ class Exam:
     @classmethod
     def of(cls, source: Source, *, exact: bool, fmt: WeightFormat, lora: LoraConfig) -> Exam:
         tokenizer = Tokenizer.from_str(source.tokenizer.decode())
-        width = min(_BATCH_TOKENS, source.model.config.max_position_embeddings)
+        width = min(_BATCH_TOKENS, positions_max(source.model.config))
         rows = [tokenizer.encode(text, add_special_tokens=False).ids[:width] for text in _TEXTS]
         batch = Batch.of([row for row in rows if len(row) > 2], source.pad_id)
         return cls(source, lora, fmt, exact, batch, log_probabilities(source.model, batch))
@@ -128,7 +147,11 @@ class Exam:
         random = np.random.default_rng(0)
         adapter = random_adapter(model, self.lora, random, scale=0.02)
         errors = []
-        for count, width in _CUT_SHAPES:
+        window = largest_window(self.source.model.config) + _BEYOND
+        shapes = [*_CUT_SHAPES, (1, window)] if 40 < window <= _FEATURES_POSITIONS_MAX else _CUT_SHAPES
+        longest = positions_max(self.source.model.config)
+        for count, full in shapes:
+            width = min(full, longest)
             rows = [random.integers(0, _CUT_VOCABULARY, width - 2 * row).tolist() for row in range(count)]
             batch = Batch.of(rows, pad=0)
             loss, expected = torch_gradients(model, self.lora, adapter, batch)
@@ -154,10 +177,29 @@ class Exam:
         adapter = random_adapter(self.source.model, self.lora, np.random.default_rng(1), scale=0.01)
         loss, expected = torch_gradients(self.source.model, self.lora, adapter, self.batch)
         loss_error, gradient_error = compare(runner, adapter, self.batch, loss, expected)
+        aux_error, position_error = self._positions(runner)
         return {
             "loss_error": _below("loss_error", loss_error, LOSS_ERROR_MAX),
             "gradient_error": _below("gradient_error", gradient_error, GRADIENT_ERROR_MAX),
+            "aux_error": _below("aux_error", aux_error, AUX_ERROR_MAX),
+            "position_error": _below("position_error", position_error, POSITION_ERROR_MAX),
         }
+
+    def _positions(self, runner: Runner) -> tuple[float, float]:
+        """(error of what precedes the layers, worst relative error of the features at any position)."""
+        anatomy, pad = self.source.anatomy, self.source.pad_id
+        longest = positions_max(self.source.model.config)
+        wanted = max(_POSITIONS, largest_window(self.source.model.config) + _BEYOND)
+        text = np.resize(self.batch.ids[self.batch.mask > 0], min(wanted, longest, _MASK_POSITIONS_MAX))
+        batch = Batch.of([text.tolist(), text[: len(text) // 2].tolist()], pad)
+        aux_error = _aux_error(runner.prologue(batch.ids, batch.mask), outer_inputs(anatomy, batch))
+        short = Batch.of([text[:_FEATURES_POSITIONS_MAX].tolist(), text[: len(text) // 2].tolist()], pad)
+        short = short if len(text) > _FEATURES_POSITIONS_MAX else batch
+        adapter = random_adapter(self.source.model, self.lora, np.random.default_rng(1), scale=0.0)
+        found = runner.features(short.ids, short.mask, adapter)[0][short.mask > 0]
+        expected = features(anatomy, short)[short.mask > 0]
+        norms = np.linalg.norm(expected, axis=-1)
+        return aux_error, float((np.linalg.norm(found - expected, axis=-1) / norms).max())
 
     def _decoding(self, folder: Path, infer: onnx.ModelProto, runner: Runner) -> dict[str, float]:
         """The stitched graph must equal the training graphs when both add in floats; the shipped one may round."""
@@ -168,11 +210,11 @@ class Exam:
         exact = folder / "exact.onnx"  # beside weights.bin: external data is found relative to the graph
         exact.write_bytes(at_level(infer, LEVEL_EXACT).SerializeToString())
         try:
-            decoder = Decoder(exact, runner, adapter)
+            decoder = Decoder(exact, adapter)
         finally:
             exact.unlink()
         logits, _ = decoder.step(text, decoder.start(1))
-        shipped = Decoder(folder / "infer.onnx", runner, adapter)
+        shipped = Decoder(folder / "infer.onnx", adapter)
         rounded, _ = shipped.step(text, shipped.start(1))
         # The mean of differences: a difference of means lets errors cancel.
         error = float(np.abs(_losses(logits, batch) - trained).mean()) / max(1.0, float(trained.mean()))
@@ -198,6 +240,17 @@ def compare(
         for name, value in expected.items()
     ]
     return abs(found_loss - loss), max(errors)
+
+
+def _aux_error(found: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
+    """Largest difference of any tensor; of a mask, only what it hides counts."""
+    worst = 0.0
+    for name, value in expected.items():
+        mine = found[name]
+        if name.partition("@")[0] == "mask" and value.dtype == np.float32:
+            mine, value = mine < -1.0, value < -1.0
+        worst = max(worst, float(np.abs(np.subtract(mine, value, dtype=np.float32)).max()))
+    return worst
 
 
 def _cache_error(decoder: Decoder, text: Array, logits: Array) -> float:

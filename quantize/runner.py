@@ -134,11 +134,12 @@ class Runner:
 
 
 class Decoder:
-    """The inference graph with its cache; rotary tables come from the prologue, so both uses share them."""
+    """The inference graph with its cache, which grows by what is read."""
 
-    def __init__(self, graph: Path, training: Runner, adapter: Mapping[str, Array]) -> None:
-        self._session, self._training, self._adapter = session(graph), training, adapter
+    def __init__(self, graph: Path, adapter: Mapping[str, Array]) -> None:
+        self._session, self._adapter = session(graph), adapter
         declared = {value.name: value.shape for value in self._session.get_inputs()}
+        self._inputs = set(declared)
         self._empty = {n: shape for n, shape in declared.items() if n[0] in "kv" and n[1:].isdigit()}
         self._outputs = [output.name for output in self._session.get_outputs()]
 
@@ -148,12 +149,8 @@ class Decoder:
 
     def step(self, ids: Array, cache: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         """(logits [B, S, V], longer cache) for ids [B, S] that follow the cached positions."""
-        past = cache["k0"].shape[2]
-        total = past + ids.shape[1]
-        positions = np.arange(total)
-        lowest = np.finfo(np.float32).min
-        mask = np.where(positions[None] <= positions[past:, None], np.float32(0), lowest)[None, None]
-        cos, sin = self._training.rotary(total)
-        feed = {"ids": ids, "mask": np.repeat(mask, len(ids), 0), "cos": cos[:, past:], "sin": sin[:, past:]}
-        logits, *rest = self._session.run(None, {**feed, **cache, **self._adapter})
+        past, places = cache["k0"].shape[2], np.arange(ids.shape[1])
+        positions = np.repeat(past + places[None], len(ids), 0)
+        given = {"ids": ids, "positions": positions, "at": places, **cache, **self._adapter}
+        logits, *rest = self._session.run(None, {name: given[name] for name in self._inputs})
         return logits, {n.removeprefix("n"): v for n, v in zip(self._outputs[1:], rest, strict=True)}

@@ -102,7 +102,7 @@ def test_decoding_computes_the_same_loss_and_its_cache_changes_nothing(
     graph = onnx.load(str(tiny_bundle / "infer.onnx"), load_external_data=False)
     shutil.copy(tiny_bundle / WEIGHTS, tmp_path)
     onnx.save(at_level(graph, LEVEL_EXACT), tmp_path / "exact.onnx")
-    decoder = Decoder(tmp_path / "exact.onnx", runner, adapter)
+    decoder = Decoder(tmp_path / "exact.onnx", adapter)
     ids = np.random.default_rng(5).integers(1, 300, (2, 24))
     logits, _ = decoder.step(ids, decoder.start(2))
     batch = Batch.of(ids.tolist(), 0)
@@ -131,8 +131,8 @@ def test_one_flipped_byte_of_the_weights_shows_in_training_and_in_decoding(
     good, bad = (r.losses(batch.ids, batch.mask, batch.labels, adapter) for r in (runner, broken))
     assert np.abs(good - bad).max() > 1e-6
     logits = []
-    for folder, training in ((tiny_bundle, runner), (copy, broken)):
-        decoder = Decoder(folder / "infer.onnx", training, adapter)
+    for folder in (tiny_bundle, copy):
+        decoder = Decoder(folder / "infer.onnx", adapter)
         logits.append(decoder.step(batch.ids, decoder.start(1))[0])
     assert np.abs(logits[0] - logits[1]).max() > 1e-6
 
