@@ -205,9 +205,18 @@ def _add_revoke(words: _Words[argparse.ArgumentParser]) -> None:
 
 
 def _add_reading(words: _Words[argparse.ArgumentParser]) -> None:
-    export = _word(words, "export", "write a campaign's newest adapter as a PEFT folder")
+    export = _word(
+        words, "export", "write a campaign's newest adapter as a PEFT folder, or as an adapter file"
+    )
     export.add_argument("campaign", metavar="CAMPAIGN")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR")
+    export.add_argument("--out", type=Path, required=True, metavar="PATH")
+    export.add_argument(
+        "--as",
+        dest="kind",
+        choices=("peft", "file"),
+        default="peft",
+        help="file: what `fedge adapter` shows, compares, merges and turns into a GGUF (default: peft)",
+    )
     export.set_defaults(run=_export)
     for name, about, run, epilog in (
         ("devices", "say of each device why it is not working", _devices, _DEVICES_EPILOG),
@@ -303,7 +312,7 @@ def _revoke(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from hub import commands
 
-    commands.export(commands.home_of(arguments.home), arguments.campaign, arguments.out)
+    commands.export(commands.home_of(arguments.home), arguments.campaign, arguments.out, kind=arguments.kind)
 
 
 def _devices(arguments: argparse.Namespace) -> None:

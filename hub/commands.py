@@ -169,14 +169,17 @@ def revoke(home: Path, device: str) -> None:
     print(f"{device} is revoked")
 
 
-def export(home: Path, campaign: str, out: Path) -> None:
-    """Writes the adapter as a PEFT folder."""
-    from hub.export import export_adapter
+def export(home: Path, campaign: str, out: Path, *, kind: str = "peft") -> None:
+    """Writes the adapter as a PEFT folder, or as an adapter file (`kind` "file")."""
+    from hub.export import export_adapter, export_file
 
     with _store(home, read_only=True) as store:
         row = _campaign(store, campaign)
-    make_folder(out)
-    export_adapter(row, Blobs(home / "blobs"), out)
+    if kind == "file":
+        export_file(row, Blobs(home / "blobs"), out)
+    else:
+        make_folder(out)
+        export_adapter(row, Blobs(home / "blobs"), out)
     print(f"adapter version {row.adapter_version} of {campaign} written to {out}")
 
 

@@ -18,9 +18,18 @@ from fedge import limits
 from fedge.authority import fingerprint
 from fedge.cli import main
 from fedge.errors import ConfigError
+from fedge.io.adapter_file import read_adapter
 from fedge.joining import JoinToken
 from fedge.lora import AdapterLayout, LoraConfig
-from fedge.release import MANIFEST, SIGNATURE, FileEntry, Manifest, encode_manifest, sign_manifest
+from fedge.release import (
+    MANIFEST,
+    SIGNATURE,
+    FileEntry,
+    Manifest,
+    encode_manifest,
+    open_manifest,
+    sign_manifest,
+)
 from hub.blobs import Blobs
 from hub.campaigns import Wish, check
 from hub.effects import LedgerEntry
@@ -177,6 +186,12 @@ def test_a_campaign_from_start_to_export(
         for name, tensor in adapter.tensors.items()
         if name.endswith(".A")
     )
+    file = tmp_path / "file"
+    assert run(capsys, "export", "first", "--home", str(home), "--out", str(file), "--as", "file")[0] == 0
+    manifest = open_manifest((bundle / MANIFEST).read_bytes(), (bundle / SIGNATURE).read_bytes())
+    same = read_adapter(file, manifest)
+    for name, tensor in adapter.tensors.items():
+        np.testing.assert_array_equal(same.tensors[name], tensor)
 
 
 def test_everything_a_device_will_fetch_is_there(
