@@ -18,7 +18,7 @@ from edge_agent.downloads import Downloads
 from edge_agent.effects import FetchBlob, FetchBundle, Fetched, FetchFailed
 from fedge.lora import LoraConfig
 from fedge.messages import Announcement, BlobRef, Training
-from fedge.release import FileEntry, Manifest, encode_manifest, sign_manifest
+from fedge.release import FORMAT, FileEntry, Manifest, encode_manifest, sign_manifest
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 PUBLISHER = KEY.public_key().public_bytes_raw()
@@ -83,8 +83,9 @@ def announce(store: Store, **changes: object) -> Announcement:
     fields = {
         field.name: plain.get(field.type, {})  # type: ignore[arg-type]
         for field in msgspec.structs.fields(Manifest)
+        if field.required
     }
-    fields |= {"lora": lora, "files": entries, "publisher": PUBLISHER.hex(), "format": 1}
+    fields |= {"lora": lora, "files": entries, "publisher": PUBLISHER.hex(), "format": FORMAT}
     fields |= {"aux": (), "operators": ()}
     manifest = encode_manifest(msgspec.convert(fields, Manifest))
     made = Announcement(

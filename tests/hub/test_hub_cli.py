@@ -22,6 +22,7 @@ from fedge.io.adapter_file import read_adapter
 from fedge.joining import JoinToken
 from fedge.lora import AdapterLayout, LoraConfig
 from fedge.release import (
+    FORMAT,
     MANIFEST,
     SIGNATURE,
     FileEntry,
@@ -61,7 +62,7 @@ def bundle(tmp_path: Path) -> Path:
         (folder / name).write_bytes(data)
     key = Ed25519PrivateKey.generate()
     manifest = Manifest(
-        format=1,
+        format=FORMAT,
         model="lab/Tiny-Llama",
         architecture="llama",
         licence="apache-2.0",
