@@ -12,19 +12,27 @@ from dataclasses import dataclass
 from typing import Final
 
 from fedge.errors import DataError, UnsupportedError
-from fedge.lora import AdapterLayout, LoraConfig
+from fedge.lora import ALL_LINEAR, DENSE, LAYER_PATH, AdapterLayout, LoraConfig
 
 CONFIG_FILE: Final = "adapter_config.json"
 TENSOR_FILE: Final = "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
 
-_READ: Final = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "target_modules"})
-# Fields that say nothing about the function computed.
+_READ: Final = frozenset(
+    str.split(
+        """
+        peft_type r lora_alpha use_rslora target_modules rank_pattern alpha_pattern layers_to_transform
+        layers_pattern modules_to_save
+        """
+    )
+)
+# Fields that say nothing about the function computed. `fan_in_fan_out` is how the base's matrices lie, which PEFT
+# reads from the modules themselves; A and B are the same either way.
 _NEUTRAL: Final = frozenset(
     str.split(
         """
         auto_mapping base_model_name_or_path revision task_type inference_mode lora_dropout runtime_config
-        megatron_core peft_version qalora_group_size
+        megatron_core peft_version qalora_group_size fan_in_fan_out
         """
     )
 )
@@ -32,10 +40,9 @@ _NEUTRAL: Final = frozenset(
 _KNOWN: Final = frozenset(
     str.split(
         """
-        alora_invocation_tokens alpha_pattern arrow_config bias corda_config ensure_weight_tying eva_config
-        exclude_modules fan_in_fan_out init_lora_weights kasa_config layer_replication layers_pattern
-        layers_to_transform loftq_config lora_bias lora_ga_config megatron_config modules_to_save monteclora_config
-        rank_pattern target_parameters trainable_token_indices use_bdlora use_dora use_qalora velora_config
+        alora_invocation_tokens arrow_config bias corda_config ensure_weight_tying eva_config exclude_modules
+        init_lora_weights kasa_config layer_replication loftq_config lora_bias lora_ga_config megatron_config
+        monteclora_config target_parameters trainable_token_indices use_bdlora use_dora use_qalora velora_config
         """
     )
 )
@@ -51,29 +58,52 @@ class NameMatch:
     notices: tuple[str, ...]
 
 
-def peft_name(name: str) -> str:
-    """`L3/self_attn.q_proj.A` -> `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight`."""
+def peft_name(name: str, layer_path: str = LAYER_PATH) -> str:
+    """`L3/self_attn.q_proj.A` -> `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight`.
+
+    `dense/classifier.bias` -> `base_model.model.classifier.bias`.
+    """
+    if name.startswith(DENSE):
+        return _PREFIX + name.removeprefix(DENSE)
     layer, _, rest = name.partition("/")
     path, _, letter = rest.rpartition(".")
-    return f"{_PREFIX}model.layers.{layer[1:]}.{path}.lora_{letter}.weight"
+    return f"{_PREFIX}{layer_path}.{layer[1:]}.{path}.lora_{letter}.weight"
 
 
-def peft_config(config: LoraConfig, base_model_name: str) -> dict[str, object]:
-    """The content of `adapter_config.json`: the flag `use_rslora` is kept, so PEFT computes our scale."""
+def peft_config(
+    config: LoraConfig,
+    base_model_name: str,
+    *,
+    layout: AdapterLayout | None = None,
+    task_type: str = "CAUSAL_LM",
+    fan_in_fan_out: bool = False,
+) -> dict[str, object]:
+    """The content of `adapter_config.json`: alpha and `use_rslora` are kept, so that PEFT computes our scale.
+
+    `all-linear` means more in PEFT than the matrices of the layers, so it is written as the paths of `layout`.
+    """
+    targets: object = config.targets if isinstance(config.targets, str) else sorted(config.targets)
+    if config.targets == ALL_LINEAR:
+        if layout is None:
+            raise DataError("names of all matrices are needed", field="targets", value=ALL_LINEAR)
+        targets = [path for path, _, _ in layout.modules]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_model_name,
         "r": config.r,
         "lora_alpha": config.alpha,
         "use_rslora": config.rslora,
-        "target_modules": sorted(config.targets),
+        "target_modules": targets,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "layers_to_transform": list(config.layers) or None,
+        "modules_to_save": list(config.modules_to_save) or None,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
     }
 
 
@@ -95,21 +125,58 @@ def lora_config(fields: Mapping[str, object]) -> tuple[LoraConfig, tuple[str, ..
             )
         if field not in _KNOWN:
             notices.append(f"config field {field} is not known here; its value {value!r} means off")
-    return _numbers(fields), tuple(notices)
+    return _config(fields), tuple(notices)
 
 
-def _numbers(fields: Mapping[str, object]) -> LoraConfig:
+def _config(fields: Mapping[str, object]) -> LoraConfig:
     r, alpha, rslora = fields.get("r"), fields.get("lora_alpha"), fields.get("use_rslora", False)
-    targets = fields.get("target_modules")
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise DataError("rank must be a positive whole number", field="r", value=r)
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+    if not _is_number(alpha):
         raise DataError("alpha must be a number", field="lora_alpha", value=alpha)
     if not isinstance(rslora, bool):
         raise DataError("flag must be true or false", field="use_rslora", value=rslora)
-    if not isinstance(targets, list | tuple) or not all(isinstance(t, str) for t in targets):
-        raise UnsupportedError("targets must be a list of names", field="target_modules", value=targets)
-    return LoraConfig(r=r, alpha=float(alpha), targets=tuple(sorted(targets)), rslora=rslora)
+    pattern = fields.get("layers_pattern")
+    if pattern not in _OFF:
+        raise UnsupportedError("layers are told by number alone", field="layers_pattern", value=pattern)
+    targets = fields.get("target_modules")
+    return LoraConfig(
+        r=r,
+        alpha=float(alpha),  # type: ignore[arg-type]  # `_is_number` has looked
+        targets=targets if isinstance(targets, str) else _names("target_modules", targets),
+        rslora=rslora,
+        rank_pattern={name: int(value) for name, value in _pattern(fields, "rank_pattern", int).items()},
+        alpha_pattern=_pattern(fields, "alpha_pattern", float),
+        layers=_layers(fields.get("layers_to_transform")),
+        modules_to_save=_names("modules_to_save", fields.get("modules_to_save") or []),
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _names(field: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise UnsupportedError("must be names, or one pattern", field=field, value=value)
+    return tuple(sorted(value))
+
+
+def _pattern(fields: Mapping[str, object], field: str, kind: type) -> dict[str, float]:
+    value = fields.get(field) or {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise DataError("must map patterns to numbers", field=field, value=value)
+    for number in value.values():
+        if not _is_number(number) or (kind is int and (not isinstance(number, int) or number < 1)):
+            raise DataError("must map patterns to numbers", field=field, value=value)
+    return {name: float(number) for name, number in value.items()}
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    numbers = [value] if isinstance(value, int) else [] if value is None else value
+    if not isinstance(numbers, list | tuple) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise DataError("must be numbers of layers", field="layers_to_transform", value=value)
+    return tuple(sorted(numbers))
 
 
 def match_names(found: Iterable[str], layout: AdapterLayout) -> NameMatch:
@@ -118,10 +185,12 @@ def match_names(found: Iterable[str], layout: AdapterLayout) -> NameMatch:
     Names made on the bare model (one `model.` less) are mapped, with a notice; a mixture of both is refused.
     """
     names = sorted(found)
-    expected = {peft_name(name): name for name in [*layout.a_shapes, *layout.b_shapes]}
-    bare = {name.replace(f"{_PREFIX}model.", _PREFIX, 1): ours for name, ours in expected.items()}
+    ours = [*layout.a_shapes, *layout.shapes]
+    expected = {peft_name(name, layout.layer_path): name for name in ours}
+    bare_path = layout.layer_path.partition(".")[2]
+    bare = {peft_name(name, bare_path): name for name in ours}
     notices: tuple[str, ...] = ()
-    if names and all(name in bare for name in names):
+    if bare_path and names and all(name in bare for name in names):
         expected, notices = bare, ("adapter was made on the bare model; its names were mapped",)
     unmatched = [name for name in names if name not in expected]
     if unmatched:

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.errors import DataError, NoInputError, UnsupportedError
+from fedge.errors import DataError, NoInputError
 from fedge.io import durable
 from fedge.io.safetensors_file import encode_tensors, read_tensors, widened
-from fedge.lora import AdapterLayout, LoraConfig
+from fedge.lora import LAYER_PATH, AdapterLayout, LoraConfig
 from fedge.peft import CONFIG_FILE, TENSOR_FILE, lora_config, match_names, peft_config, peft_name
 
 Floats = NDArray[np.float32]
@@ -27,12 +27,16 @@ TENSOR_FILE_BYTES_MAX: Final = 512 * 1024**2  # twice the largest adapter in flo
 
 @dataclass(frozen=True, slots=True)
 class PeftAdapter:
-    """An adapter that was read: `tensors` has every `L{i}/{module}.A` and `.B` as float32."""
+    """An adapter that was read: every `L{i}/{module}.A` and `.B` of `layout`, and every `dense/NAME`, as float32.
+
+    `layout` is the adapter's own: ranks and layers as its config says. Dense values are as in the file, not changes.
+    """
 
     config: LoraConfig
     base_model_name: str
     tensors: dict[str, Floats]
     notices: tuple[str, ...]
+    layout: AdapterLayout
 
 
 def write_peft(
@@ -44,40 +48,59 @@ def write_peft(
     base_model_name: str,
 ) -> None:
     """Write the adapter so that `peft.PeftModel.from_pretrained` loads it. Raises StorageError, DataError."""
-    write_peft_tensors(folder, {**layout.frozen(a_seed), **layout.split(b_vector)}, config, base_model_name)
+    tensors = {**layout.frozen(a_seed), **layout.split(b_vector)}
+    write_peft_tensors(folder, tensors, config, base_model_name, layout=layout)
 
 
 def write_peft_tensors(
-    folder: Path, tensors: Mapping[str, Floats], config: LoraConfig, base_model_name: str
+    folder: Path,
+    tensors: Mapping[str, Floats],
+    config: LoraConfig,
+    base_model_name: str,
+    *,
+    layout: AdapterLayout | None = None,
+    task_type: str = "CAUSAL_LM",
+    fan_in_fan_out: bool = False,
 ) -> None:
-    """The same of tensors by our names, A and B alike: for an A that does not follow from a seed."""
-    named = {peft_name(name): tensor for name, tensor in tensors.items()}
-    fields = peft_config(config, base_model_name)
+    """The same of tensors by our names, A and B alike: for an A that does not follow from a seed.
+
+    What is dense is written as given: the value itself, not the change. Without a `layout` the layers are taken to be
+    at `model.layers`.
+    """
+    path = LAYER_PATH if layout is None else layout.layer_path
+    named = {peft_name(name, path): tensor for name, tensor in tensors.items()}
+    fields = peft_config(
+        config, base_model_name, layout=layout, task_type=task_type, fan_in_fan_out=fan_in_fan_out
+    )
     durable.make_folder(folder)
     durable.write_bytes(folder / TENSOR_FILE, encode_tensors(named))
     durable.write_bytes(folder / CONFIG_FILE, msgspec.json.format(msgspec.json.encode(fields), indent=2))
 
 
 def read_peft(folder: Path, layout: AdapterLayout) -> PeftAdapter:
-    """Read a PEFT folder into the slots of `layout`, all of them.
+    """Read a PEFT folder for the model of `layout`: each tensor in the file has its place, each place its tensor.
 
+    The places are those of the file's own config among the modules that `layout` has; rank and layers may differ.
     Raises NoInputError, DataError naming file and tensor, UnsupportedError naming the config field or the type.
     """
     fields = read_config(folder / CONFIG_FILE)
     config, notices = lora_config(fields)
-    if config.r != layout.r:
-        raise UnsupportedError("adapter has another rank than the bundle", field="r", value=config.r)
+    theirs = layout.like(config)
     path = folder / TENSOR_FILE
     raw = read_tensors(path, bytes_max=TENSOR_FILE_BYTES_MAX)
-    match = match_names(raw, layout)
+    match = match_names(raw, theirs)
     tensors = {ours: widened(path, name, raw[name]) for name, ours in match.ours.items()}
-    for name, shape in {**layout.a_shapes, **layout.b_shapes}.items():
+    for name, shape in {**theirs.a_shapes, **theirs.shapes}.items():
         if tensors[name].shape != shape:
             raise DataError(f"{path}: tensor has another shape", field=name, value=tensors[name].shape)
-    if not any(tensors[name].any() for name in layout.b_shapes):
+    if not any(tensors[name].any() for name in theirs.b_shapes):
         notices += ("every B is zero: the adapter has no effect yet",)
+    if layout.dense and not theirs.dense:
+        notices += ("the adapter has no head: the bundle's own is kept",)
     base = fields.get("base_model_name_or_path")
-    return PeftAdapter(config, base if isinstance(base, str) else "", tensors, notices + match.notices)
+    return PeftAdapter(
+        config, base if isinstance(base, str) else "", tensors, notices + match.notices, theirs
+    )
 
 
 def read_config(path: Path) -> dict[str, object]:

@@ -32,15 +32,61 @@ def test_config_round_trip_keeps_the_scale(rslora: bool) -> None:
         ("bias", "lora_only"),
         ("peft_type", "ADALORA"),
         ("init_lora_weights", "pissa"),
-        ("alpha_pattern", {"q_proj": 4}),
-        ("modules_to_save", ["lm_head"]),
-        ("fan_in_fan_out", True),
+        ("exclude_modules", ["v_proj"]),
+        ("target_modules", None),
+        ("layers_pattern", "h"),
+        ("trainable_token_indices", [1, 2]),
         ("invented_next_year", True),
     ],
 )
 def test_a_setting_that_changes_the_function_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(UnsupportedError, match=field):
         lora_config({**peft_config(LoraConfig(), "base"), field: value})
+
+
+def test_everything_that_names_modules_goes_both_ways() -> None:
+    """F01, F05: patterns, layers and heads are part of the function."""
+    config = LoraConfig(
+        r=16,
+        targets=("q_proj", "score"),
+        rank_pattern={"q_proj": 4},
+        alpha_pattern={r"1\.mlp": 0.5},
+        layers=(1, 3),
+        modules_to_save=("classifier",),
+    )
+    assert lora_config(peft_config(config, "base")) == (config, ())
+    regex = LoraConfig(targets=r".*\.(1|2)\..*q_proj")
+    assert lora_config(peft_config(regex, "base"))[0] == regex
+
+
+def test_all_linear_is_written_as_the_matrices_that_it_means_here() -> None:
+    """In PEFT the word also means matrices outside of the layers: a pooler, for one."""
+    fields = peft_config(LoraConfig(targets="all-linear"), "base", layout=LAYOUT)
+    assert fields["target_modules"] == ["self_attn.q_proj"]
+    with pytest.raises(DataError, match="targets"):
+        peft_config(LoraConfig(targets="all-linear"), "base")
+
+
+def test_how_the_base_keeps_its_matrices_does_not_change_a_and_b() -> None:
+    """F06: PEFT sets the flag itself from the module that it finds."""
+    fields = peft_config(LoraConfig(), "base", fan_in_fan_out=True)
+    assert fields["fan_in_fan_out"] is True
+    assert lora_config(fields) == (LoraConfig(), ())
+
+
+def test_names_follow_the_models_own_paths_and_heads_are_matched() -> None:
+    """F05: a head is in the file, or the file is refused."""
+    layout = AdapterLayout.of(
+        1, {"attn.c_attn": (48, 16)}, 4, layer_path="transformer.h", dense={"score.weight": (3, 16)}
+    )
+    names = [peft_name(name, layout.layer_path) for name in [*layout.a_shapes, *layout.shapes]]
+    assert names[0] == "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+    assert names[-1] == "base_model.model.score.weight"
+    assert set(match_names(names, layout).ours.values()) == {*layout.a_shapes, *layout.shapes}
+    bare = [name.replace("transformer.", "", 1) for name in names]
+    assert match_names(bare, layout).notices
+    with pytest.raises(DataError, match=r"missing.*score\.weight"):
+        match_names(names[:-1], layout)
 
 
 @pytest.mark.parametrize("value", [None, False, {}])
@@ -50,7 +96,20 @@ def test_an_unknown_setting_that_is_off_is_accepted_with_a_notice(value: object)
     assert "invented_next_year" in notices[0]
 
 
-@pytest.mark.parametrize(("field", "value"), [("r", 0), ("r", True), ("lora_alpha", "x"), ("use_rslora", 1)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("r", True),
+        ("lora_alpha", "x"),
+        ("use_rslora", 1),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", ["q_proj"]),
+        ("alpha_pattern", {"q_proj": "4"}),
+        ("layers_to_transform", [-1]),
+        ("layers_to_transform", "all"),
+    ],
+)
 def test_senseless_numbers_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(DataError, match=field):
         lora_config({**peft_config(LoraConfig(), "base"), field: value})

@@ -118,7 +118,7 @@ def test_a_missing_a_surplus_and_a_misshapen_tensor_are_refused_by_name(folder: 
 
 def test_settings_that_are_not_computed_here_are_refused(folder: Path) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
-    for field, value in (("use_dora", True), ("bias", "lora_only"), ("r", 8), ("peft_type", "LOHA")):
+    for field, value in (("use_dora", True), ("bias", "lora_only"), ("r", 99), ("peft_type", "LOHA")):
         (folder / CONFIG_FILE).write_text(json.dumps({**config, field: value}))
         with pytest.raises(UnsupportedError, match=field):
             read_peft(folder, LAYOUT)
