@@ -33,7 +33,7 @@ _DAMPING: Final = 0.01  # of the mean diagonal, added to it
 _SHRINKS: Final = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72)  # of a block's range: outliers may be cut
 _SWEEPS: Final = 2  # of coordinate descent over the codes, each after solving for the scales
 _RIDGE: Final = 1e-4  # added to the diagonal of the normal equations, relative
-_SOLVED_ROWS: Final = 128  # rows whose scales are solved for at a time
+_SOLVED_ROWS: Final = 32  # rows whose scales are solved for at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,9 @@ def fit_matrix(weight: Tensor, moments: Tensor, fmt: WeightFormat) -> Parts:
 
 def _rounded(weight: Tensor, moments: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (N, K), scale and value of code 0 (N, blocks), by GPTQ."""
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).float()
+    inverse = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True
+    ).float()
     importance = moments.diagonal().float()
     left, codes = weight.clone(), torch.empty_like(weight)
     scales, lows = [], []
@@ -148,6 +150,8 @@ def _descended(weight: Tensor, moments: Tensor, codes: Tensor, scale: Tensor, lo
 def _grid(block: Tensor, importance: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
     """Scale and value of code 0 of one block of each row: the best of several ranges, refitted to their own codes."""
     least, most = block.min(1).values, block.max(1).values
+    if not fmt.has_offset:  # its zero is one of the codes
+        least, most = least.clamp_max(0), most.clamp_min(0)
     best = torch.full_like(least, torch.inf)
     scale, low = torch.ones_like(least), torch.zeros_like(least)
     for shrink in _SHRINKS:
@@ -225,7 +229,8 @@ def _least_squares(bases: Tensor, moments: Tensor, target: Tensor, now: Tensor) 
     normal = torch.einsum("ruvb,rvb->ruv", through[:, :, blocks], bases)
     right = torch.einsum("rub,rub->ru", bases, target.reshape(rows, count, BLOCK)[:, blocks])
     right -= (normal @ now[..., None])[..., 0]
-    normal.diagonal(dim1=1, dim2=2).mul_(1 + _RIDGE)
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += _RIDGE * diagonal + 1e-9 * diagonal.mean(1, keepdim=True)  # codes that are all 0 have no scale
     return now + torch.linalg.solve(normal, right)
 
 
@@ -310,8 +315,6 @@ def _second_moments(layer: nn.Module, module: nn.Module, flows: list[_Flow], ind
     finally:
         handle.remove()
     return total / tokens
-
-
 
 
 def weighted_error(weight: Tensor, parts: Parts, fmt: WeightFormat, moments: Tensor) -> float:

@@ -78,7 +78,7 @@ def read_model(reader: GGUFReader, fields: Fields, config: Any) -> tuple[Any, di
             if known is not None:
                 exact[name] = known
         with torch.no_grad():
-            parameters[name].copy_(torch.from_numpy(np.ascontiguousarray(values.T if turned else values)))
+            parameters[name].copy_(torch.from_numpy(np.array(values.T if turned else values)))
         filled.add(name)
     missing = sorted(parameters.keys() - filled)
     if missing:
