@@ -66,7 +66,7 @@ def train(job: Train, emit: Emit) -> Trained:
     return Trained(
         loss_sum=outcome.loss_sum,
         labels=outcome.labels,
-        samples=dataset.counts.kept,
+        samples=len(dataset.rows),
         rows=outcome.rows,
         steps=outcome.steps,
         skipped=outcome.skipped,

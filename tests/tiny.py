@@ -5,6 +5,7 @@ Embedding rows (304) exceed the tokenizer's pieces, and 304 is no multiple of a 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 _SENTENCES = (
     "the quick brown fox jumps over the lazy dog and then the hen",
     "how are you today my friend i am fine and you",
@@ -51,6 +56,8 @@ def write_model(folder: Path, config: Any) -> Path:
                 torch.nn.init.normal_(value, mean=1.0, std=0.1)
     model.save_pretrained(folder)
     write_tokenizer(folder / "tokenizer.json")
+    words = {"bos_token": "<end>", "eos_token": "<end>", "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
     return folder
 
 

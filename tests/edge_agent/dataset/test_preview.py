@@ -96,8 +96,31 @@ def test_with_a_bundle_the_rows_are_those_of_training(
     assert "Friend: how are you\nMe:[[ i am fine<end>]]" in capsys.readouterr().out
     assert main(["agent", "data", str(path), "--bundle", str(tiny_bundle), "--window", "4096"]) == 64
     assert "it knows no more positions" in capsys.readouterr().err  # F13
-    assert main(["agent", "data", str(path), "--bundle", str(tiny_bundle), "--chat"]) == 78
-    assert "no chat template" in capsys.readouterr().err
+    assert main(["agent", "data", str(path), "--bundle", str(tiny_bundle), "--chat"]) == 0
+    assert "user: how are you<end>assistant: [[i am fine<end>]]" in capsys.readouterr().out
+
+
+def test_whole_conversations_are_trained_on_as_the_bundle_writes_them(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": role, "content": "how are you and the fox"} for role in ("user", "assistant") * 2]
+    path = wrote(tmp_path, [{"messages": turns, "conversation": f"c {i}"} for i in range(15)])
+    words = [
+        str(tiny_bundle),
+        str(path),
+        "--chat",
+        "--window",
+        "100",
+        "--steps",
+        "6",
+        "--threads",
+        "1",
+        "--json",
+    ]
+    assert main(["agent", "train-once", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["training_rows"], found["held_out_rows"]) == (12, 3)
+    assert found["loss_after"] < found["loss_before"]
 
 
 # ---------------------------------------------------------------- the flags
