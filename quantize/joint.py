@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quantize.anatomy import BATCH, LENGTH, Anatomy, Size, take, untraceable
 from quantize.blocks import block_parameters
+from quantize.idle import drop_idle
 from quantize.placeholder import translations
 from quantize.sequences import cut_sequences
 
@@ -130,6 +131,7 @@ def _traced(
 ) -> onnx.ModelProto:
     with tracing():
         traced = make_fx(function, tracing_mode="symbolic")(*arguments)
+        drop_idle(traced)
         program = torch.export.export(traced, arguments, dynamic_shapes=shapes, strict=False)
     return to_onnx(program, inputs, outputs)
 

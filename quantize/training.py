@@ -13,8 +13,11 @@ from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import canonical, expand_powers, fold, select
 from quantize.head import HEAD, cross_entropy_slice, output_rows
 from quantize.joint import export_block, export_norm
+from quantize.late import late_weights
 from quantize.lower import lower
+from quantize.pieces import block_in_pieces
 from quantize.prologue import TABLE, export_prologue
+from quantize.variants import block_variants
 from quantize.weights import Progress
 
 
@@ -22,7 +25,7 @@ def training_graphs(
     anatomy: Anatomy, lora: LoraConfig, fmt: WeightFormat, tell: Progress
 ) -> dict[str, onnx.ModelProto]:
     """File name -> graph, as docs/building-blocks.md lists them."""
-    hidden, block = anatomy.hidden, frozen_block(anatomy, lora)
+    hidden, block = anatomy.hidden, block_in_pieces(anatomy, frozen_block(anatomy, lora))
     _, frozen = block_parameters(block)
     shapes = {name: tuple(value.shape) for name, value in frozen.items() if name.endswith(".w")}
     joint = expand_powers(fold(export_block(anatomy, block)))
@@ -40,8 +43,10 @@ def training_graphs(
         "rows.onnx": output_rows(hidden, TABLE if anatomy.head_tied else HEAD, EMBEDDING_FORMAT),
         "ce.onnx": cross_entropy_slice(hidden, EMBEDDING_FORMAT, anatomy.logit_cap),
     }
+    variants = block_variants(joint)
+    graphs |= {f"{name}.onnx": lower(graph, shapes, fmt.name) for name, graph in variants.items()}
     tell("export", 0.6)
-    return {name: canonical(graph) for name, graph in graphs.items()}
+    return {name: canonical(late_weights(graph)) for name, graph in graphs.items()}
 
 
 def head_dim(model: Any) -> int:

@@ -57,7 +57,8 @@ class Head:
         for start in range(0, manifest.vocabulary, height):
             end = min(start + height, manifest.vocabulary)
             part = {name: tensor[start:end] for name, tensor in table.items()}
-            out = self._cross_entropy.run({"f": features, "m": m, "z": z, "acc": acc, **part})
+            feeds = {"f": features, "m": m, "z": z, "acc": acc, **part}
+            out = self._cross_entropy.run(feeds, last=end == manifest.vocabulary)
             m, z, acc = out["m2"], out["z2"], out["acc2"]
             for span in self._spans:
                 self._bundle.let_go(span)

@@ -6,6 +6,7 @@ shape; what frees memory runs first. Threads are as many as the agent allows, an
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,8 @@ Tensor = NDArray[np.generic]
 Floats = NDArray[np.float32]
 _AS_REQUESTED: Final = 1  # arena_extend_strategy kSameAsRequested
 _DEAD_BYTES_MAX: Final = 65_536  # a freed piece is split when more than this would lie idle; saves 4 MB
+_MMAP_THRESHOLD: Final = -3  # M_MMAP_THRESHOLD of malloc.h
+_RETURNED_BYTES_MIN: Final = 1 << 20  # glibc raises its own bound as it goes, and then gives nothing back
 _QUIET: Final = 3  # errors only
 _shared: list[str] = []  # the environment's arena is registered once for a process
 
@@ -51,12 +54,14 @@ class Graph:
         self.inputs: Final = tuple(entry.name for entry in self._session.get_inputs())
         self.outputs: Final = tuple(entry.name for entry in self._session.get_outputs())
 
-    def run(self, feeds: Mapping[str, Tensor], outputs: tuple[str, ...] | None = None) -> dict[str, Floats]:
-        """Run once. `feeds` may hold more than the graph reads; a lacking one raises KeyError, our bug."""
-        names = outputs or self.outputs
-        return dict(
-            zip(names, self._session.run(names, {name: feeds[name] for name in self.inputs}), strict=True)
-        )
+    def run(self, feeds: Mapping[str, Tensor], *, last: bool = False) -> dict[str, Floats]:
+        """Run once. `feeds` may hold more than the graph reads; a lacking one raises KeyError, our bug.
+
+        After the `last` run of a phase the arena gives back what is free in it: the next phase has other shapes.
+        """
+        given = {name: feeds[name] for name in self.inputs}
+        found = self._session.run(self.outputs, given, _shrinking() if last else None)
+        return dict(zip(self.outputs, found, strict=True))
 
 
 def _options(threads: int) -> ort.SessionOptions:
@@ -71,9 +76,18 @@ def _options(threads: int) -> ort.SessionOptions:
     return options
 
 
+def _shrinking() -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 def _share_arena() -> None:
     if _shared:
         return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _RETURNED_BYTES_MIN)
     place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     settings = {"arena_extend_strategy": _AS_REQUESTED, "max_dead_bytes_per_chunk": _DEAD_BYTES_MAX}
     ort.create_and_register_allocator(place, ort.OrtArenaCfg(settings))

@@ -64,6 +64,7 @@ class Streamer:
         self._outer = [name for name in names if not _layer_of(name)]
         self._layers = [[name for name in names if _layer_of(name) == f"L{i}"] for i in range(self._depth)]
         self._spans = [bundle.span(layer) for layer in self._layers]
+        self._table = bundle.span(name for name in names if name.startswith("EMB."))
         self._head = Head(bundle, self._graph("rows"), self._graph("ce"))
         self._filed = Filed(folder, self._depth) if plan.checkpoints == "file" else None
         for name in ("prologue", "block_fwd", "block_bwd", "norm_fwd", "norm_bwd"):
@@ -80,13 +81,14 @@ class Streamer:
         forward = _Forward(self._checkpoints(), {})
         aux = self._graph("prologue").run({"input_ids": ids, "attention_mask": mask, **self._outside()})
         x = aux.pop("x")
+        self._bundle.let_go(self._table)
         yield
         for i in range(self._depth):
             keeps = i in trained and i >= self._depth - self._plan.keep
             if i in trained:
                 forward.checkpoints.put(i, x)
             graph = self._graph("block_fwd_keep" if keeps else "block_fwd")
-            out = graph.run({"x": x, **self._block(i, aux, adapter)})
+            out = graph.run({"x": x, **self._block(i, aux, adapter)}, last=i == self._depth - 1)
             x = out.pop("y")
             if keeps:
                 forward.kept[i] = out
@@ -128,9 +130,8 @@ class Streamer:
         for i in reversed(trained):
             kept = forward.kept.pop(i, {})
             graph = self._backward(i, lowest, keeps=bool(kept))
-            out = graph.run(
-                {"x": forward.checkpoints.take(i), "gy": g, **kept, **self._block(i, aux, adapter)}
-            )
+            feeds = {"x": forward.checkpoints.take(i), "gy": g, **kept, **self._block(i, aux, adapter)}
+            out = graph.run(feeds, last=i == lowest)
             g = out.pop("gx", g)
             gradients.update((f"L{i}/{name.removeprefix('g:')}", value) for name, value in out.items())
             self._bundle.let_go(self._spans[i])
