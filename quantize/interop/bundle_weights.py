@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.errors import IntegrityError, NoInputError
+from fedge.io.adapter_file import Adapter
+from fedge.lora import DENSE
 from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, Manifest, open_manifest
 from quantize.formats import FORMATS, decode
 from quantize.weights import map_weights
@@ -30,6 +32,17 @@ def read_manifest(bundle: Path) -> Manifest:
             hint="`fedge quantize MODEL --out DIR` makes one",
         ) from error
     return open_manifest(data, signature)
+
+
+def peft_tensors(bundle: Path, manifest: Manifest, adapter: Adapter) -> dict[str, NDArray[np.float32]]:
+    """The adapter's tensors as PEFT keeps them: what is trained in full as values, not as changes of the start."""
+    tensors = dict(adapter.tensors)
+    dense = [name for name in tensors if name.startswith(DENSE)]
+    if dense:
+        _check_hash(bundle, manifest)
+        start = map_weights(bundle / WEIGHTS, {name: manifest.tensors[name] for name in dense})
+        tensors |= {name: tensors[name] + start[name] for name in dense}
+    return tensors
 
 
 class Matrices(Mapping[str, NDArray[np.float32]]):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from fedge.errors import DataError, NoInputError, UnsupportedError
-from fedge.io.adapter_file import Adapter, adapter_of, is_adapter_file, layout_of, read_adapter
+from fedge.io.adapter_file import Adapter, adapter_of, is_adapter_file, read_adapter
 from fedge.io.peft_folder import TENSOR_FILE_BYTES_MAX, read_config, read_peft
 from fedge.io.safetensors_file import read_tensors, widened
 from fedge.lora import DENSE, LoraConfig
@@ -51,12 +51,17 @@ def adapter_for(path: Path, manifest: Manifest) -> Adapter:
     """The adapter at `path`, ours or a PEFT folder, as one of the bundle `manifest`, every tensor in its slot."""
     if not path.is_dir():
         return read_adapter(path, manifest)
-    config, _ = lora_config(read_config(path / CONFIG_FILE))
-    layout = layout_of(manifest, config)
-    found = read_peft(path, layout)
-    a = {name: found.tensors[name] for name in layout.a_shapes}
-    vector = layout.join({name: found.tensors[name] for name in layout.shapes})
-    return adapter_of(manifest, vector, a=a, lora=config, rule="")
+    found = read_peft(path, manifest.layout)
+    if found.layout.dense:
+        raise UnsupportedError(
+            "what is trained in full is not taken over from a PEFT folder yet",
+            field="modules_to_save",
+            value=found.config.modules_to_save,
+            hint="Give the adapter file that `fedge agent train-once` or `fedge hub export` wrote",
+        )
+    a = {name: found.tensors[name] for name in found.layout.a_shapes}
+    vector = found.layout.join({name: found.tensors[name] for name in found.layout.shapes})
+    return adapter_of(manifest, vector, a=a, lora=found.config, rule="")
 
 
 def opened(adapter: Adapter, size: int) -> Opened:

@@ -107,33 +107,33 @@ def _with_names(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
 
 
 def _fed(manifest: Manifest, adapter: Adapter | None) -> dict[str, np.ndarray]:
-    """A and B as the graph reads them, filled up to its rank; zeros without an adapter."""
+    """A and B for every place in the graph: of any rank, B in the scale that the graph has built in, or zeros."""
     layout = manifest.layout
-    if adapter is None:
-        shapes = {**layout.a_shapes, **layout.b_shapes}
-        return layout.fed({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
-    own = adapter.header.layout
-    graph = layout.graph
-    fed = own.fed(adapter.tensors)
-    for path, module in own.graph.items():  # the bundle's graphs have a scale and a rank of their own
-        if module.r > graph[path].r:
-            raise UnsupportedError("the adapter's rank is above the bundle's", field=path, value=module.r)
+    slots = {} if adapter is None else {slot.name: slot for slot in adapter.header.layout.slots}
+    fed = {}
+    for path, module in layout.graph.items():
         for layer in range(manifest.layers):
-            a, b = fed[f"L{layer}/{path}.A"], fed[f"L{layer}/{path}.B"]
-            room = graph[path].r - module.r
-            fed[f"L{layer}/{path}.A"] = np.pad(a, ((0, room), (0, 0)))
-            fed[f"L{layer}/{path}.B"] = np.pad(b, ((0, 0), (0, room))) * np.float32(
-                module.scale / graph[path].scale
-            )
+            name = f"L{layer}/{path}"
+            slot = slots.pop(name, None)
+            if adapter is None or slot is None:
+                fed[f"{name}.A"] = np.zeros((1, module.n_in), np.float32)
+                fed[f"{name}.B"] = np.zeros((module.out, 1), np.float32)
+                continue
+            fed[f"{name}.A"] = adapter.tensors[f"{name}.A"]
+            fed[f"{name}.B"] = adapter.tensors[f"{name}.B"] * np.float32(slot.scale / module.scale)
+    if slots:
+        raise UnsupportedError(
+            "the bundle's graph has no place for this module", field="module", value=min(slots)
+        )
     return fed
 
 
 def _model_type(manifest: Manifest) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        if name == manifest.architecture:
-            return str(model_type)
+    types = [t for t, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name == manifest.architecture]
+    if types:
+        return str(min(types, key=len))  # llama, not code_llama
     raise UnsupportedError(
         "optimum generates with causal language models", field="architecture", value=manifest.architecture
     )
