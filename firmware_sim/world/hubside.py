@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from fedge import topics
@@ -159,10 +160,8 @@ class HubSide:
     def _event(self, event: Event) -> None:
         assert self.machine is not None
         wanted = self.machine.handle(self._now(), event)
-        try:
+        with suppress(PowerFailed):
             self._carry_out(wanted)
-        except PowerFailed:
-            pass
 
     def _now(self) -> float:
         now = START + self.world.now + self._offset
