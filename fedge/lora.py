@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 N = TypeVar("N", int, float)
 A_SEED_BYTES: Final = 16
 ALL_LINEAR: Final = "all-linear"  # PEFT's word for every matrix of a block
+RULES: Final = ("ffa", "fedit", "alternating", "core", "sketch")  # of federated training: fedge.rules
 LAYER_PATH: Final = "model.layers"  # where most families keep their blocks
 DENSE: Final = "dense/"  # prefix of what is trained in full beside A and B
 _DOMAIN: Final = b"fedge frozen A v1\x00"
