@@ -16,6 +16,7 @@ from edge_agent.policy import Policy
 from fedge import formation, limits
 from fedge.errors import PolicyError, ProtocolError
 from fedge.identity import Opened, Signer, Verifier
+from fedge.lora import RULES
 from fedge.messages import (
     Announcement,
     BlocCard,
@@ -35,6 +36,14 @@ def announcement(opened: Opened[Announcement], current: Announcement | None, pol
     new = opened.message
     if opened.subject != new.hub:
         raise ProtocolError("wrong-hub", "announcement in another hub's name", field="hub", value=new.hub)
+    if new.training.rule not in RULES:
+        raise ProtocolError(
+            "unknown-rule",
+            "this agent does not know the campaign's rule",
+            field="rule",
+            value=new.training.rule,
+            hint="Update the agent",
+        )
     if policy.publishers and new.publisher.hex() not in policy.publishers:
         raise PolicyError(
             "the owner's policy does not list this publisher", field="publisher", value=new.publisher.hex()

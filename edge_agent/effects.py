@@ -181,6 +181,7 @@ class Train(_Value, frozen=True):
     steps: int
     data_seed: int
     depth: int = 0  # layers, from the top, whose adapters train; 0 = all
+    round: int = 1  # of the bloc: the campaign's rule may let another part move in each
 
 
 class Seal(_Value, frozen=True):

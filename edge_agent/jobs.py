@@ -73,10 +73,10 @@ class Gauge(BundleJob, frozen=True):
 
 
 class Train(Job, frozen=True):
-    """Train `steps` local steps and write the delta (little-endian float32, layout order) to the file `delta`.
+    """Train `steps` local steps and write what travels (little-endian float32) to the file `delta`.
 
-    Only the B of the top `depth` layers move, 0 = all. The order of rows follows `data_seed`; `start` batches of that
-    order are passed over.
+    What that is, and in which order, says the campaign's rule for round number `round` of the bloc. Only the top
+    `depth` layers move, 0 = all. The order of rows follows `data_seed`; `start` batches of that order are passed over.
     """
 
     delta: str
@@ -84,6 +84,7 @@ class Train(Job, frozen=True):
     data_seed: int = 0
     start: int = 0
     depth: int = 0
+    round: int = 1
 
 
 class Evaluate(Job, frozen=True):

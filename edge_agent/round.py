@@ -166,6 +166,7 @@ class RoundWorker(ABC):
             steps=opening.steps[place],
             data_seed=data_seed(campaign.training, self.device, opening.round),
             depth=opening.depths[place] if opening.depths else 0,
+            round=opening.round,
         )
 
     @property

@@ -136,6 +136,7 @@ class Work:
             steps=effect.steps,
             data_seed=effect.data_seed,
             depth=effect.depth,
+            round=effect.round,
         )
         return self._begin(effect.transcript, job)
 

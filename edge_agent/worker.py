@@ -79,7 +79,7 @@ def train(job: Train, emit: Emit) -> Trained:
 
 def _round(job: Train, trainer: Trainer, dataset: Dataset, pad_id: int, emit: Emit) -> RoundOutcome:
     from edge_agent.dataset import batches
-    from edge_agent.trainer import train_round
+    from edge_agent.trainer.rules import train_by_rule
 
     def after_step(done: int, step: StepResult) -> None:
         progress = Progress(
@@ -91,13 +91,12 @@ def _round(job: Train, trainer: Trainer, dataset: Dataset, pad_id: int, emit: Em
     endless = batches(
         dataset.rows, size=training.batch_rows, seed=job.data_seed, pad_id=pad_id, start=job.start
     )
-    return train_round(
+    return train_by_rule(
         trainer,
-        _floats(Path(job.adapter), trainer.layout.numbers, job.adapter_sha256),
+        _floats(Path(job.adapter), job.adapter_sha256),
         islice(endless, job.steps),
-        a_seed=training.a_seed,
-        lr=training.rate,
-        weight_decay=training.weight_decay,
+        training,
+        round_number=job.round,
         depth=job.depth,
         after_step=after_step,
     )
@@ -106,14 +105,16 @@ def _round(job: Train, trainer: Trainer, dataset: Dataset, pad_id: int, emit: Em
 def evaluate(job: Evaluate, emit: Emit) -> Evaluated:
     """Carry out an Evaluate job."""
     from edge_agent.dataset import evaluation_batches
+    from edge_agent.trainer.rules import campaign_rule
 
     bundle, dataset, trainer = _warm.open(job)
-    b = trainer.layout.split(_floats(Path(job.adapter), trainer.layout.numbers, job.adapter_sha256))
+    state = _floats(Path(job.adapter), job.adapter_sha256)
+    adapter = campaign_rule(trainer, job.training, state).held(state)
     total = len(dataset.rows)
     nll, labels, done = [0.0] * total, [0] * total, 0
     size = job.training.batch_rows
     for chosen, batch in evaluation_batches(dataset.rows, size=size, pad_id=bundle.manifest.pad_id):
-        sums, counts = trainer.row_losses(batch, b)
+        sums, counts = trainer.row_losses(batch, adapter)
         for i, loss, count in zip(chosen, sums.tolist(), counts.tolist(), strict=True):
             nll[i], labels[i] = loss, count
         done += len(chosen)
@@ -233,7 +234,7 @@ def _emit(message: Answer) -> None:
     sys.stdout.buffer.flush()
 
 
-def _floats(path: Path, numbers: int, sha256: bytes | None) -> NDArray[np.float32]:
+def _floats(path: Path, sha256: bytes | None) -> NDArray[np.float32]:
     import numpy as np
 
     try:
@@ -242,8 +243,8 @@ def _floats(path: Path, numbers: int, sha256: bytes | None) -> NDArray[np.float3
         raise NoInputError(f"cannot read {path}: {error.strerror}", field="path", value=str(path)) from error
     if sha256 is not None and hashlib.sha256(data).digest() != sha256:
         raise IntegrityError("adapter is not the one named", field="adapter_sha256", value=sha256.hex())
-    if len(data) != 4 * numbers:
-        raise DataError(f"{path} has another size than the adapter", field="bytes", value=len(data))
+    if len(data) % 4:
+        raise DataError(f"{path} is no whole number of floats", field="bytes", value=len(data))
     values = np.frombuffer(data, "<f4").astype(np.float32)
     if not np.isfinite(values).all():
         raise DataError(f"{path} holds a number that is not finite", field="path", value=str(path))
