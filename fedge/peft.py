@@ -75,7 +75,7 @@ def peft_config(
     base_model_name: str,
     *,
     layout: AdapterLayout | None = None,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
     fan_in_fan_out: bool = False,
 ) -> dict[str, object]:
     """The content of `adapter_config.json`: alpha and `use_rslora` are kept, so that PEFT computes our scale.

@@ -22,7 +22,7 @@ import msgspec
 
 from fedge import topics
 from fedge.messages import Open, Ready, decode, decode_envelope, encode
-from hub import aggregation, effects, scheduler
+from hub import aggregation, effects, parts, scheduler
 from hub.book import BlocState, CampaignState, Contact, RoundState
 from hub.effects import Effect, LedgerEntry, RoundRow, Save
 from hub.rounds import RoundKeeper
@@ -175,7 +175,10 @@ class Admission(RoundKeeper):
             base_version=campaign.adapter_version,
             state="open",
             sum=aggregation.empty_sum(
-                transcript, bloc.row.members, campaign.numbers, opening.codec
+                transcript,
+                bloc.row.members,
+                parts.part_of(campaign, opening.round, campaign.adapter_version).numbers,
+                opening.codec,
             ).to_bytes(),
             opened_at=now,
         )
@@ -205,14 +208,16 @@ class Admission(RoundKeeper):
         campaign = bloc.campaign.row
         works = scheduler.balance([self._work(bloc.campaign, ready) for ready in readys], campaign.layers)
         steps, depths = tuple(work.steps for work in works), tuple(work.depth for work in works)
+        number = parts.next_round(campaign, bloc.row)
+        part = parts.part_of(campaign, number, campaign.adapter_version)
         return Open(
             campaign=campaign.id,
             bloc=bloc.row.id,
             card=hashlib.sha256(decode_envelope(bloc.row.card).body).digest(),
-            round=bloc.row.round + 1,
+            round=number,
             manifest=campaign.manifest.sha256,
             adapter=campaign.adapter,
-            codec=aggregation.next_codec(campaign, max(steps), self.entropy(16)),
+            codec=aggregation.next_codec(campaign, max(steps), self.entropy(16), part),
             steps=steps,
             roster=tuple(contact.envelope for contact in contacts),
             window_seconds=campaign.window_seconds,

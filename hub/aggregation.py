@@ -1,16 +1,17 @@
 """From masked reports to a new adapter: running sums only, opened whole, applied at once.
 
-LoRA rule `ffa`: A is frozen and public, the trained numbers are the B tensors, so the mean of the updates is exactly
-the mean of the adapters. Each opened sum is applied at once, times `factor`: its bloc's mean, shared with the blocs
-that can train beside it, so that blocs which start from one adapter add up to the mean over all of them, where means
-of one bloc each would overshoot (a server rate of 1.75 loses 0.27 nats). What comes late counts less (ADR 6).
+Every LoRA rule is linear in what travels (`hub.parts`, `fedge.rules`); under `ffa` that is B, whose mean is exactly
+the mean of the adapters because A is frozen and public. Each opened sum is applied at once, times `factor`: its
+bloc's mean, shared with the blocs that can train beside it, so that blocs which start from one adapter add up to the
+mean over all of them, where means of one bloc each would overshoot (a server rate of 1.75 loses 0.27 nats). What
+comes late counts less (ADR 6).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,17 @@ _LITTLE: Final = np.dtype("<f4")
 FADE: Final = 0.98
 GROWTH: Final = 1.5  # of that room when a sum has wrapped: the same bloc comes again, and with its carry
 _STEPS_MEMORY: Final = 32  # sums that the running mean of steps looks back on, about
+
+
+class Travels(Protocol):
+    """How many numbers a device sends, and what the last sums of that kind were like."""
+
+    @property
+    def numbers(self) -> int: ...
+    @property
+    def spread(self) -> float: ...
+    @property
+    def mean_norm(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +74,18 @@ class OpenedSum:
         }
 
 
-def next_codec(campaign: CampaignRow, steps: int, seed: bytes) -> UpdateCodec:
+def next_codec(campaign: CampaignRow, steps: int, seed: bytes, part: Travels | None = None) -> UpdateCodec:
     """The codec of the next OPEN: from the sums opened of late, or from public bounds (16 bits) while there is none.
 
     Also after a sum that wrapped, which a `spread` below 0 says. No room is made beyond what all devices at the clip
-    bound could fill, however many sums have wrapped.
+    bound could fill, however many sums have wrapped. `part`: what travels, where that is not the campaign's usual.
     """
-    devices, numbers = campaign.bloc_devices, campaign.numbers
-    if campaign.spread <= 0 or campaign.mean_norm <= 0:
+    devices, travels = campaign.bloc_devices, part or campaign
+    numbers, norm = travels.numbers, travels.mean_norm
+    if travels.spread <= 0 or norm <= 0:
         return coding.first_codec(steps, campaign.training.rate, numbers, devices, seed)
-    most = coding.aligned_spread(coding.CLIP_SLACK * campaign.mean_norm, numbers, devices)
-    return coding.next_codec(min(campaign.spread, most), campaign.mean_norm, devices, seed)
+    most = coding.aligned_spread(coding.CLIP_SLACK * norm, numbers, devices)
+    return coding.next_codec(min(travels.spread, most), norm, devices, seed)
 
 
 def roomy(known: float, seen: float) -> float:
@@ -151,8 +164,13 @@ def step_correction(known: float, opened: OpenedSum) -> float:
 
 
 def apply(adapter: bytes, opened: OpenedSum, times: float) -> bytes:
-    """The new adapter, little-endian float32. The same bytes when nobody had anything to give (weight zero)."""
+    """The new adapter, little-endian float32: the sum counts for the numbers that the file begins with.
+
+    The same bytes when nobody had anything to give (weight zero).
+    """
     if not opened.contributors:
         return adapter
-    vector = np.frombuffer(adapter, _LITTLE) + opened.total * np.float32(times)
-    return vector.astype(_LITTLE).tobytes()
+    moved = opened.total.size
+    vector = np.frombuffer(adapter, _LITTLE)
+    moving = vector[:moved] + opened.total * np.float32(times)
+    return moving.astype(_LITTLE).tobytes() + vector[moved:].tobytes()

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedge import limits
 from fedge.errors import ConfigError, NoInputError
-from fedge.lora import AdapterLayout
-from fedge.messages import BlobRef, Training
-from fedge.release import MANIFEST, SIGNATURE, Manifest, open_manifest
+from fedge.io.peft_folder import read_peft
+from fedge.lora import DENSE, RULES, AdapterLayout
+from fedge.messages import Training
+from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, Manifest, open_manifest
+from fedge.rules import RATES, rule_of, started_from
 from hub.blobs import Blobs
 from hub.effects import CampaignRow
 from hub.registry import ID_PATTERN
 
+Floats = NDArray[np.float32]
 _FIRST_ROUND_BYTES: Final = 2  # a campaign begins with 16-bit words, while the codec's step is unknown
 _SEED_DOMAIN: Final = b"fedge campaign frozen A v1\x00"
 
@@ -30,7 +37,7 @@ class Wish:
     steps: int = 5
     bloc: int = limits.BLOC_DEVICES_DEFAULT
     devices: int = 16
-    rate: float = 0.016
+    rate: float | None = None  # None: what suits the rule
     batch_rows: int = 4
     window_tokens: int = 64
     window_seconds: int = 3_600
@@ -43,19 +50,30 @@ class Wish:
     hours_max: float = 0.0
     server_rate: float = 1.0
     normalise_steps: bool = False
+    rule: str = "ffa"  # one of fedge.lora.RULES
+    start_from: Path | None = None  # a PEFT folder; None: the base model as it is
 
 
-def make_campaign(wish: Wish, bundle: Path, blobs: Blobs, url: str) -> CampaignRow:
-    """The campaign's row; the bundle's files and the first adapter (all zeros) are then in `blobs`.
+def make_campaign(
+    wish: Wish, bundle: Path, blobs: Blobs, url: str, *, tell: Callable[[str], None] = lambda notice: None
+) -> CampaignRow:
+    """The campaign's row; the bundle's files and the first adapter are then in `blobs`.
 
-    Raises ConfigError naming every wrong field, NoInputError, IntegrityError.
+    Raises ConfigError naming every wrong field, NoInputError, IntegrityError, and what a start that does not fit
+    raises (`fedge.io.peft_folder.read_peft`, `fedge.rules.started_from`). `tell` hears what one should know of it.
     """
     manifest, data, signature = read_bundle(bundle)
-    layout = AdapterLayout.of(manifest.layers, manifest.lora_shapes, manifest.lora.r)
-    check(wish, layout.numbers)
+    layout = manifest.layout
+    rate = RATES.get(wish.rule, 1.0) if wish.rate is None else wish.rate
+    a_seed = hashlib.sha256(_SEED_DOMAIN + f"{wish.name} {wish.seed}".encode()).digest()[:16]
+    check(wish, _largest_report(wish, layout, a_seed))
+    rule = rule_of(wish.rule, layout, a_seed)
+    first = rule.initial()
+    if wish.start_from is not None:
+        starts = dense_starts(manifest, bundle / WEIGHTS)
+        first = _started_from(wish.start_from, wish.rule, layout, a_seed, starts, tell)
     for name, entry in manifest.files.items():
         blobs.adopt(bundle / name, entry.sha256)
-    a_seed = hashlib.sha256(_SEED_DOMAIN + f"{wish.name} {wish.seed}".encode()).digest()[:16]
     return CampaignRow(
         id=wish.name,
         manifest=blobs.put(data),
@@ -64,21 +82,26 @@ def make_campaign(wish: Wish, bundle: Path, blobs: Blobs, url: str) -> CampaignR
         url=url,
         lora=manifest.lora,
         training=Training(
-            rate=wish.rate,
+            rate=rate,
             batch_rows=wish.batch_rows,
             window_tokens=wish.window_tokens,
             a_seed=a_seed,
             data_seed=wish.seed,
+            rule=wish.rule,
         ),
-        numbers=layout.numbers,
+        numbers=rule.part(1, probing=False).numbers,
         rounds=wish.rounds,
         steps=wish.steps,
         bloc_devices=wish.bloc,
         form_at_devices=wish.devices,
         window_seconds=wish.window_seconds,
         seed=wish.seed,
-        adapter=_first_adapter(blobs, layout.numbers),
+        adapter=blobs.put(first.astype("<f4").tobytes()),
         layers=manifest.layers,
+        lora_shapes={} if wish.rule == "ffa" else manifest.lora_shapes,
+        layer_path=manifest.layer_path,
+        dense={} if wish.rule == "ffa" else manifest.dense,
+        probes=rule.probing(first),
         work_seconds=min(wish.work_seconds, wish.window_seconds),
         training_devices_max=wish.training_max,
         rest_seconds=wish.rest_seconds,
@@ -116,8 +139,10 @@ def _wrong_task(wish: Wish, numbers: int) -> Iterator[str]:
         yield f"name: at most {limits.ID_CHARS_MAX} characters"
     yield from _outside("rounds", wish.rounds, 1, limits.ROUNDS_MAX)
     yield from _outside("steps", wish.steps, 1, limits.STEPS_MAX)
-    if not 0 < wish.rate <= 1:
+    if wish.rate is not None and not 0 < wish.rate <= 1:
         yield f"rate={wish.rate}: above 0, at most 1"
+    if wish.rule not in RULES:
+        yield f"rule={wish.rule!r}: one of {', '.join(RULES)}"
     yield from _outside("batch_rows", wish.batch_rows, 1, 256)
     yield from _outside("window_tokens", wish.window_tokens, 8, 8_192)
     yield from _outside("seed", wish.seed, 0, 2**62 - 1)
@@ -156,5 +181,39 @@ def _outside(name: str, value: float, least: float, most: float, unit: str = "")
         yield f"{name}={value}: {least} to {most} {unit}".rstrip()
 
 
-def _first_adapter(blobs: Blobs, numbers: int) -> BlobRef:
-    return blobs.put(bytes(4 * numbers))  # B = 0: the base model as it is
+def _largest_report(wish: Wish, layout: AdapterLayout, a_seed: bytes) -> int:
+    """Numbers of the largest report of the campaign; for a rule that is not known, of the plainest one."""
+    if wish.rule not in RULES:
+        return layout.numbers
+    rule = rule_of(wish.rule, layout, a_seed)
+    return max(rule.part(number, probing=probing).numbers for number in (1, 2) for probing in (False, True))
+
+
+def _started_from(
+    folder: Path,
+    rule: str,
+    layout: AdapterLayout,
+    a_seed: bytes,
+    starts: Mapping[str, Floats],
+    tell: Callable[[str], None],
+) -> Floats:
+    """The first adapter file of a campaign that goes on from the PEFT folder `folder`."""
+    found = read_peft(folder, layout)
+    for notice in found.notices:
+        tell(f"{folder}: {notice}")
+    changes = {name: found.tensors[name] - starts[name] for name in found.layout.dense_shapes}
+    return started_from(rule, layout, a_seed, found.layout, {**found.tensors, **changes})
+
+
+def dense_starts(manifest: Manifest, weights_file: Path) -> dict[str, Floats]:
+    """What the dense part of the adapter is a change of, by name, from the bundle's weight file."""
+    if not manifest.dense:
+        return {}
+    weights = np.memmap(weights_file, np.uint8, "r")
+    found = {}
+    for name in map(DENSE.__add__, manifest.dense):
+        place = manifest.tensors[name]
+        size = prod(place.shape) * np.dtype(place.dtype).itemsize
+        data = weights[place.offset : place.offset + size].tobytes()
+        found[name] = np.frombuffer(data, place.dtype).reshape(place.shape).astype(np.float32)
+    return found

@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Final
 
+from fedge.lora import RULES
+
 _EPILOG: Final = """\
 a first hub:
   fedge hub init                                create it: keys, authority, database
@@ -159,7 +161,6 @@ def _add_campaign(words: _Words[argparse.ArgumentParser]) -> None:
         ("--steps", int, 5, "local steps of a device in a round"),
         ("--bloc", int, 8, "devices in a bloc, whose sum alone is ever seen; at least 5"),
         ("--devices", int, 16, "how many must be ready before blocs are formed"),
-        ("--rate", float, 0.016, "learning rate"),
         ("--batch-rows", int, 4, "examples in a step"),
         ("--window-tokens", int, 64, "tokens of an example"),
         ("--window-seconds", int, 3_600, "how long a bloc may take for a round"),
@@ -178,6 +179,23 @@ def _add_campaign(words: _Words[argparse.ArgumentParser]) -> None:
         ("--server-rate", float, 1.0, "above 1 the blocs that train side by side move the adapter further"),
     ):
         start.add_argument(flag, type=kind, default=default, metavar="N", help=f"{about} ({default:g})")
+    start.add_argument(
+        "--rate",
+        type=float,
+        default=None,
+        metavar="N",
+        help="learning rate (0.016 under ffa and core, else 0.008)",
+    )
+    start.add_argument(
+        "--rule",
+        default="ffa",
+        choices=RULES,
+        help="what of the adapter moves and travels: B alone (ffa), A and B (fedit), A and B in turn (alternating), "
+        "a small core between frozen factors (core), sketches of the product (sketch) (%(default)s)",
+    )
+    start.add_argument(
+        "--start-from", type=Path, default=None, metavar="DIR", help="a PEFT adapter to go on from"
+    )
     start.add_argument(
         "--normalise-steps",
         action="store_true",
@@ -286,6 +304,8 @@ def _campaign_start(arguments: argparse.Namespace) -> None:
         form_seconds=arguments.form_seconds,
         hours_max=arguments.hours_max,
         server_rate=arguments.server_rate,
+        rule=arguments.rule,
+        start_from=arguments.start_from,
         normalise_steps=arguments.normalise_steps,
     )
     commands.campaign_start(commands.home_of(arguments.home), arguments.bundle, wish)

@@ -47,6 +47,7 @@ class CampaignSummary(msgspec.Struct, frozen=True, kw_only=True):
     bloc: int
     devices: int
     rate: float
+    rule: str
     mean_norm: float
 
 
@@ -118,7 +119,8 @@ def new_campaign(home: Path, bundle: Path, wish: Wish) -> CampaignRow:
         known = {row.id for row in store.campaigns()} | {row.id for _, row in store.asked()}
         if wish.name in known:
             raise UsageError("a campaign's name is used once", field="name", value=wish.name)
-        row = make_campaign(wish, bundle, Blobs(home / "blobs"), _url(store))
+        blobs = Blobs(home / "blobs")
+        row = make_campaign(wish, bundle, blobs, _url(store), tell=lambda text: print(text, file=sys.stderr))
         store.ask(row)
     return row
 
@@ -306,6 +308,7 @@ def _summary(row: CampaignRow) -> CampaignSummary:
         bloc=row.bloc_devices,
         devices=row.form_at_devices,
         rate=row.training.rate,
+        rule=row.training.rule,
         mean_norm=row.mean_norm,
     )
 

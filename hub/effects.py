@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from fedge.lora import LoraConfig
+from fedge.lora import LAYER_PATH, LoraConfig
 from fedge.messages import BlobRef, Training
 
 
@@ -25,7 +25,7 @@ class CampaignRow(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     lora: LoraConfig
     training: Training
-    numbers: int  # length of the adapter vector
+    numbers: int  # how many travel in a round, probes and rounds of A apart
     rounds: int  # each bloc is opened this often
     steps: int  # planned local steps of a member in a round
     bloc_devices: int
@@ -41,6 +41,13 @@ class CampaignRow(msgspec.Struct, frozen=True, kw_only=True):
     mean_norm: float = 0.0  # the largest of late of an opened sum's members: tunes the next clip
     closed: bool = False
     layers: int = 0  # of the model; 0 = not known, then every member adapts all of them
+    # ---- what the rule needs to know of the bundle (fedge.rules); empty under `ffa`, where the mean is of vectors
+    lora_shapes: dict[str, tuple[int, int]] = {}
+    layer_path: str = LAYER_PATH
+    dense: dict[str, tuple[int, ...]] = {}
+    probes: bool = False  # the first opened sum makes the basis (rule `core`)
+    spread_a: float = 0.0  # `spread` and `mean_norm` of the rounds in which A moves (rule `alternating`)
+    mean_norm_a: float = 0.0
     # ---- the scheduler's knobs (hub.scheduler)
     work_seconds: float = 120.0  # target time of a member's part in a round
     training_devices_max: int = 0  # a bloc is opened while fewer devices train; 0 = no bound

@@ -1,4 +1,7 @@
-"""A campaign's newest adapter as a standard PEFT folder, or in the file that devices write when they train alone."""
+"""A campaign's newest adapter as a standard PEFT folder, or in the file that devices write when they train alone.
+
+Whatever the campaign's rule: what is written are A and B of the same function.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedge.errors import IntegrityError, UnsupportedError
+from fedge.errors import DataError, IntegrityError
 from fedge.io.adapter_file import adapter_of, write_adapter
-from fedge.lora import AdapterLayout
-from fedge.release import Manifest
+from fedge.io.peft_folder import write_peft_tensors
+from fedge.release import WEIGHTS, Manifest
+from fedge.rules import Rule, rule_of
 from hub.blobs import Blobs
+from hub.campaigns import dense_starts
 from hub.effects import CampaignRow
-from hub.peft import write_peft
 
-FFA: Final = "ffa"  # only B moves
+_TASK_TYPES: Final = {"generate": "CAUSAL_LM", "classify": "SEQ_CLS", "embed": "FEATURE_EXTRACTION"}
 
 
 def export_adapter(campaign: CampaignRow, blobs: Blobs, out: Path) -> None:
@@ -25,32 +29,48 @@ def export_adapter(campaign: CampaignRow, blobs: Blobs, out: Path) -> None:
 
     Raises IntegrityError when the adapter does not fit the bundle, StorageError, NoInputError.
     """
-    manifest, layout, vector = _read(campaign, blobs)
-    write_peft(out, layout, campaign.lora, campaign.training.a_seed, vector, manifest.model)
+    manifest, rule, state = _read(campaign, blobs)
+    tensors = rule.tensors(state)
+    weights = blobs.folder / manifest.files[WEIGHTS].sha256
+    for name, start in dense_starts(manifest, weights).items():
+        tensors[name] = tensors[name] + start
+    write_peft_tensors(
+        out,
+        tensors,
+        campaign.lora,
+        manifest.model,
+        layout=rule.layout,
+        task_type=_TASK_TYPES.get(manifest.task),
+        fan_in_fan_out=manifest.architecture.startswith("GPT2"),
+    )
 
 
 def export_file(campaign: CampaignRow, blobs: Blobs, out: Path) -> None:
     """Writes the adapter file `out` (`fedge.io.adapter_file`), which `fedge adapter` and `train-once --from` read.
 
-    Raises the same, and UnsupportedError for a rule under which the numbers are not those of B alone.
+    Raises the same.
     """
-    if campaign.training.rule != FFA:
-        raise UnsupportedError(
-            "an adapter file is written of campaigns whose A is frozen",
-            field="rule",
-            value=campaign.training.rule,
-            hint="Export it as a PEFT folder",
-        )
-    manifest, _, vector = _read(campaign, blobs)
-    seed = campaign.training.a_seed
-    steps = campaign.adapter_version * campaign.steps
-    write_adapter(out, adapter_of(manifest, vector, a_seed=seed, lora=campaign.lora, steps=steps))
+    manifest, rule, state = _read(campaign, blobs)
+    held, layout = rule.held(state), rule.layout
+    follows = not any(name in held for name in layout.a_shapes)
+    adapter = adapter_of(
+        manifest,
+        layout.join({name: held[name] for name in layout.shapes}),
+        a_seed=campaign.training.a_seed,
+        a=None if follows else {name: held[name] for name in layout.a_shapes},
+        lora=campaign.lora,
+        rule=campaign.training.rule,
+        steps=campaign.adapter_version * campaign.steps,
+    )
+    write_adapter(out, adapter)
 
 
-def _read(campaign: CampaignRow, blobs: Blobs) -> tuple[Manifest, AdapterLayout, NDArray[np.float32]]:
+def _read(campaign: CampaignRow, blobs: Blobs) -> tuple[Manifest, Rule, NDArray[np.float32]]:
     manifest = msgspec.json.decode(blobs.read(campaign.manifest), type=Manifest)
-    layout = manifest.layout.like(campaign.lora)
-    vector = np.frombuffer(blobs.read(campaign.adapter), "<f4")
-    if vector.size != layout.numbers:
-        raise IntegrityError("adapter does not fit the bundle", field="numbers", value=vector.size)
-    return manifest, layout, vector
+    state = np.frombuffer(blobs.read(campaign.adapter), "<f4").astype(np.float32)
+    training = campaign.training
+    try:
+        rule = rule_of(training.rule, manifest.layout, training.a_seed, numbers=state.size)
+    except DataError as error:
+        raise IntegrityError("adapter does not fit the bundle", field="numbers", value=state.size) from error
+    return manifest, rule, state

@@ -28,7 +28,7 @@ from fedge.messages import (
     decode,
     decode_envelope,
 )
-from hub import aggregation, effects, scheduler
+from hub import aggregation, effects, parts, scheduler
 from hub.aggregation import OpenedSum
 from hub.book import BlocState, Book, Contact, RoundState
 from hub.effects import CampaignRow, Effect, LedgerEntry, Save
@@ -177,16 +177,17 @@ class RoundKeeper(Book, ABC):
         assert state.total is not None, "only an open round has a sum"
         campaign, bloc = state.bloc.campaign.row, state.bloc
         codec = decode(decode_envelope(state.row.envelope).body, Open).codec
+        part = parts.round_part(campaign, state.row)
         try:
-            opened = aggregation.open_sum(state.total, codec, campaign.numbers)
+            opened = aggregation.open_sum(state.total, codec, part.numbers)
         except ProtocolError as error:
             # The same step would wrap again: the next OPEN starts from public bounds, at 16 bits.
-            yield self._save(msgspec.structs.replace(campaign, spread=aggregation.doubted(campaign.spread)))
+            yield self._save(parts.doubted(campaign, part))
             yield from self._sit_out(now, state, error.name)
             return
         beside = self._beside(bloc)
         times = self._factor(campaign, state, opened, beside)
-        data = aggregation.apply(self.read_adapter(campaign.adapter), opened, times)
+        data = parts.apply(campaign, state.row, self.read_adapter(campaign.adapter), opened, times)
         ref = BlobRef(hashlib.sha256(data).digest(), len(data))
         yield effects.StoreBlob(ref, data)
         yield self._save(
@@ -195,7 +196,7 @@ class RoundKeeper(Book, ABC):
             )
         )
         late = aggregation.staleness(campaign.adapter_version - state.row.base_version, beside)
-        yield self._save(_moved_on(campaign, ref, opened, late))
+        yield self._save(_moved_on(parts.tuned(campaign, part, opened), ref, opened, late))
         yield from self._close_round(now, state, opened.summary())
 
     def _beside(self, bloc: BlocState) -> int:
@@ -272,8 +273,6 @@ def _moved_on(row: CampaignRow, adapter: BlobRef, opened: OpenedSum, late: int) 
         row,
         adapter=adapter,
         adapter_version=row.adapter_version + 1,
-        spread=aggregation.roomy(row.spread, opened.spread),
-        mean_norm=aggregation.roomy(row.mean_norm, opened.mean_norm),
         mean_steps=aggregation.mean_steps(row.mean_steps, opened),
         reports_opened=row.reports_opened + opened.devices,
         staleness=row.staleness + (late - row.staleness) / min(row.adapter_version + 1, _STALENESS_MEMORY),

@@ -59,7 +59,7 @@ def write_peft_tensors(
     base_model_name: str,
     *,
     layout: AdapterLayout | None = None,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
     fan_in_fan_out: bool = False,
 ) -> None:
     """The same of tensors by our names, A and B alike: for an A that does not follow from a seed.
