@@ -4,16 +4,15 @@ The model is a stand-in with one quadratic loss per matrix, so that every gradie
 the shipped one, and so are both ends of every rule.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
+from quadratic import OneLabel, Quadratic
 
 from edge_agent.trainer.rules import local_part, train_by_rule
-from edge_agent.trainer.step import StepResult
 from edge_agent.trainer.trainer import Trainer
 from fedge.errors import DataError, UnsupportedError
 from fedge.lora import RULES, AdapterLayout, LoraConfig
@@ -31,52 +30,6 @@ MIXED = AdapterLayout.of(
     ),
 )
 DEVICES = 6
-
-
-@dataclass(frozen=True)
-class Quadratic:
-    """Loss of a device: half the squared distance of every matrix's change, scale B A, to a target of its own."""
-
-    layout: AdapterLayout
-    seed: int
-    noise: float = 0.3
-    rank: int = 2
-
-    def target(self, name: str) -> np.ndarray:
-        slot = next(slot for slot in self.layout.slots if slot.name == name)
-        common = np.random.default_rng(abs(hash_of(name)) % 2**32)
-        own = np.random.default_rng((self.seed, hash_of(name)))
-        low = common.standard_normal((slot.out, self.rank)) @ common.standard_normal((self.rank, slot.n_in))
-        return low + self.noise * own.standard_normal((slot.out, slot.n_in))
-
-    def freeze_a(self, seed: bytes) -> None:
-        object.__setattr__(self, "_a", self.layout.frozen(seed))
-
-    def loss_and_gradients(self, batch: Any, adapter: Mapping[str, np.ndarray], depth: int = 0) -> StepResult:
-        adapter = {**self._a, **adapter}  # type: ignore[attr-defined]
-        loss, found = 0.0, {}
-        lowest = self.layout.layers - (depth or self.layout.layers)
-        for slot in self.layout.slots:
-            a, b = adapter[f"{slot.name}.A"], adapter[f"{slot.name}.B"]
-            miss = slot.scale * b @ a - self.target(slot.name)
-            loss += 0.5 * float((miss**2).sum())
-            if slot.layer >= lowest:
-                found[f"{slot.name}.A"] = (slot.scale * b.T @ miss).astype(np.float32)
-                found[f"{slot.name}.B"] = (slot.scale * miss @ a.T).astype(np.float32)
-        for name in self.layout.dense_shapes:
-            found[name] = adapter[name] - np.float32(1.0)
-        return StepResult(loss, 1, found)
-
-
-def hash_of(name: str) -> int:
-    return sum(ord(letter) * 31**place for place, letter in enumerate(name)) % 2**31
-
-
-@dataclass(frozen=True)
-class OneLabel:
-    ids = np.zeros((1, 2), np.int64)
-    mask = np.ones((1, 2), np.int64)
-    labels = np.zeros((1, 2), np.int64)
 
 
 def training(rule: str, rate: float = 0.02) -> Training:
