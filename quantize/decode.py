@@ -34,7 +34,6 @@ from quantize.decode_start import (
     check_arguments,
     export_start,
     mask_windows,
-    start_outputs,
     undecodable,
     write_masks,
 )
@@ -209,7 +208,7 @@ def export_cached_block(anatomy: Anatomy, block: nn.Module, cache: CacheShape) -
     examples: dict[str, Tensor] = {MASK: torch.zeros(2, 1, new, past + new + 3)}
     examples |= {n: torch.rand(2, new, int(anatomy.call.shapes[n][-1])) for n in ROTARY if n in anatomy.aux}
     auto = torch.export.Dim.AUTO
-    sizes = {MASK: {0: auto, 2: auto, 3: auto}} | dict.fromkeys(ROTARY, {0: auto, 1: auto})
+    sizes = {MASK: {0: auto, 2: auto, 3: auto}} | {name: {0: auto, 1: auto} for name in ROTARY}
     try:
         program = torch.export.export(
             _CachedBlock(anatomy, block, list(tensors)),

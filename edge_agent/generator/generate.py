@@ -8,7 +8,7 @@ the cache, so that the next turn of a conversation reads only what is new.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Literal
 
@@ -40,7 +40,7 @@ class Request:
     """What is wanted beside the prompt. `long` says what happens to a prompt that leaves no room: refuse it, or cut
     its beginning off. `stop_ids` end the text as its own end does."""
 
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
