@@ -147,6 +147,7 @@ def dissect(model: Any) -> Anatomy:
     """The anatomy of a causal LM in evaluation mode. Raises UnsupportedError naming what was not found or proven."""
     path, layers = _layers(model)
     runs = [_watch(model, path, layers, *_batch(model, *shape)) for shape in _SHAPES]
+    _check_causal(model, runs[0].logits)
     hidden = _hidden_argument(path, layers, runs[0])
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
@@ -267,10 +268,23 @@ def _watch(model: Any, path: str, layers: list[nn.Module], ids: Tensor, mask: Te
         for name, module in model.named_modules():
             if id(module) not in inside:
                 handles.append(module.register_forward_hook(of_other(name)))
-        seen.logits = model(input_ids=ids, attention_mask=mask).logits
+        try:
+            seen.logits = model(input_ids=ids, attention_mask=mask).logits
+        except Exception as error:  # whatever the model's own code may raise
+            raise untraceable("a model that is given ids and a mask", model, error) from error
     if order != list(range(len(layers))):
         raise _odd("the layers are not called once each, in order", path, order[:8])
     return seen
+
+
+def _check_causal(model: Any, logits: Tensor) -> None:
+    """A token may change nothing before it."""
+    ids, mask = _batch(model, *_SHAPES[0])
+    ids[0, -1] = (ids[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
+    with torch.no_grad():
+        changed = model(input_ids=ids, attention_mask=mask).logits
+    if not _close(changed[0, :-1], logits[0, :-1]):
+        raise _odd("a token changes what comes before it: no causal LM", "architecture", type(model).__name__)
 
 
 @contextmanager
@@ -454,7 +468,9 @@ def untraceable(where: str, module: nn.Module, error: Exception) -> UnsupportedE
     )
 
 
-_HINT: Final = "Handled is any causal LM of equal layers whose graphs pass the gates; docs/models.md lists those tested"
+_HINT: Final = (
+    "Handled is any causal LM of equal layers whose graphs pass the gates; docs/models.md lists those tested"
+)
 
 
 def _odd(message: str, where: str, value: object) -> UnsupportedError:

@@ -40,6 +40,7 @@ from quantize.choice import choose, is_exact
 from quantize.decode import inference_graph
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import operators
+from quantize.reference import positions_max
 from quantize.source import Source, file_digest, load
 from quantize.training import head_dim, training_graphs
 from quantize.weights import Progress, quantise, write_weights
@@ -73,6 +74,7 @@ def quantize(
     tell("read", 0.0)
     loaded = load(source)
     check_layers(loaded.model)
+    _ = loaded.anatomy  # refuses what cannot be taken apart before anything is written
     fmt = choose(loaded, weights_format).format
     shapes = adapted_modules(loaded.model, lora)
     tell("read", 1.0)
@@ -140,7 +142,7 @@ class _Build:
             heads=config.num_attention_heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=head_dim(source.model),
-            positions_max=config.max_position_embeddings,
+            positions_max=positions_max(config),
             head_tied=anatomy.head_tied,
             layer_kinds=anatomy.kinds,
             logit_cap=anatomy.logit_cap,

@@ -20,11 +20,13 @@ from torch import Tensor
 from fedge.lora import LoraConfig
 from quantize.anatomy import Anatomy, layers_of
 from quantize.blocks import adapted_modules
+from quantize.prologue import Prologue
 from quantize.runner import IGNORE, Array
 from quantize.source import build_model
 
 
 _CUT_LAYERS: Final = 2
+_POSITIONS_ANY: Final = 131_072  # where a configuration sets no limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,42 @@ def torch_gradients(
         )
         found = torch.autograd.grad(loss, list(leaves.values()))
     return loss.item(), {name: value.numpy() for name, value in zip(leaves, found, strict=True)}
+
+
+def features(anatomy: Anatomy, batch: Batch) -> Array:
+    """What the model's own last norm gives for a batch, [B, S, D]."""
+    caught: list[Tensor] = []
+    handle = anatomy.norm.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    try:
+        log_probabilities(anatomy.model, batch)
+    finally:
+        handle.remove()
+    found: Array = caught[-1].numpy()
+    return found
+
+
+def outer_inputs(anatomy: Anatomy, batch: Batch) -> dict[str, Array]:
+    """x and the aux tensors as the model's own modules hand them to its layers."""
+    start = Prologue(anatomy)
+    named = dict(anatomy.model.named_parameters())
+    with torch.no_grad():
+        found = start(
+            torch.from_numpy(batch.ids),
+            torch.from_numpy(batch.mask),
+            *(named[full] for full in start.outer.values()),
+        )
+    return {n: value.numpy() for n, value in zip(("x", *anatomy.aux_outputs), found, strict=True)}
+
+
+def positions_max(config: Any) -> int:
+    """How long a text may be: the rows of the position table, or what the rotary tables were made for."""
+    return int(getattr(config, "max_position_embeddings", None) or _POSITIONS_ANY)
+
+
+def largest_window(config: Any) -> int:
+    """The longest stretch of positions that a layer with a sliding window sees, 0 when there is none."""
+    found = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+    return max((value for value in found if isinstance(value, int)), default=0)
 
 
 def log_probabilities(model: Any, batch: Batch) -> Tensor:

@@ -92,6 +92,23 @@ def build_model(config: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
 
 
+def check_counts(model: Any, eos: int) -> None:
+    """Raise DataError unless rows in, rows out, the configuration and the end token speak of one vocabulary.
+
+    The embedding may have more rows than the tokenizer has ids (padding); `tokenizer.check_ids` looks at the rest.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    counts = {"vocab_size": model.config.vocab_size, "embedding": embedding.weight.shape[0]}
+    if head is not None:
+        counts["head"] = head.weight.shape[0]
+    if len(set(counts.values())) > 1:
+        raise DataError(
+            "configuration, embedding and head count different vocabularies", field="rows", value=counts
+        )
+    if not 0 <= eos < counts["embedding"]:
+        raise DataError("the end-of-text token has no row", field="eos_token_id", value=eos)
+
+
 def _load_folder(folder: Path, *, name: str, licence: str) -> Source:
     config = _read_json(folder / "config.json")
     architecture = check_config(config)
@@ -106,10 +123,12 @@ def _load_folder(folder: Path, *, name: str, licence: str) -> Source:
     vocabulary = _tokenizer_of(folder)
     tokenizers.check_ids(vocabulary, int(config["vocab_size"]))
     eos, pad = _end_and_pad(config, folder)
+    model = _read_weights(folder)
+    check_counts(model, eos)
     words = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     files = [folder / "config.json", folder / "tokenizer.json", *weights]
     return Source(
-        model=_read_weights(folder),
+        model=model,
         architecture=architecture,
         tokenizer=vocabulary,
         name=name,

@@ -1,116 +1,123 @@
-"""What is handled: architectures, and every configuration value inside them. Anything else stops by name.
+"""What is refused from a configuration alone; everything else the gates decide.
 
-"It looks like Llama" is how exporters lose a soft-cap or a sliding window and still write plausible text. So a value
-must be on one of the lists below, or what every configuration says by default; an unknown key stops as well.
+A model is not accepted for looking like Llama: its own code is traced, and the traced graphs must give what that
+code gives, at every position and beyond any window (`quantize.gates`). So no list of architectures is kept here.
+What stands here is what a gate cannot see, because transformers itself would not compute what the checkpoint means:
+code that came with the model, weights that are quantised already, a key that this version of transformers does not
+know; and values whose graphs would be right only for the lengths at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from fedge.errors import UnsupportedError
 
 Config = Mapping[str, object]
 
-# Sizes and numbers that the graphs take over as they are, whatever they say.
-_TAKEN_OVER: Final = {
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "attention_bias",
-    "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id", "model_type", "architectures",
-}  # fmt: skip
-
 # Notes of training and of other tools; none of them changes what the model computes.
 _NO_MEANING_HERE: Final = {
-    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
-    "transformers.js_config", "unsloth_version", "unsloth_fixed", "max_window_layers", "id2label", "label2id",
-    "return_dict", "output_attentions", "output_hidden_states", "is_llama_config", "problem_type", "tokenizer_class",
+    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "transformers.js_config", "unsloth_version",
+    "unsloth_fixed", "is_llama_config", "tokenizer_class", "auto_map", "quantization_config", "use_cache",
+    "_attn_implementation_autoset", "_sliding_window_pattern", "max_window_layers", "rope_interleaved", "pretraining_tp",
 }  # fmt: skip
 
-# The only values handled for keys that do change it.
+# The only values handled for keys of which transformers reads no other, or reads them in other code than we trace.
 _VALUES: Final[dict[str, tuple[object, ...]]] = {
-    "tie_word_embeddings": (True,),
-    "hidden_act": ("silu",),
-    "attention_dropout": (0, None),
-    "pretraining_tp": (1, None),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-    "use_sliding_window": (False, None),
-    "sliding_window": (None,),
     "quantization_config": (None,),
     "auto_map": (None,),
+    "rope_interleaved": (False, None),
+    "pretraining_tp": (1, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "use_bidirectional_attention": (False, None),
 }
-
-# Rotary scalings whose frequencies do not depend on the length of the text at hand.
-_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
-
-# Per architecture: what its own keys may say beyond the lists above. None: any value.
-ARCHITECTURES: Final[dict[str, dict[str, tuple[object, ...] | None]]] = {
-    "LlamaForCausalLM": {},
-    "MistralForCausalLM": {},
-    "Qwen2ForCausalLM": {"sliding_window": None},  # not used while use_sliding_window is off
-    "Qwen3ForCausalLM": {"sliding_window": None},
-}
-
 _HINTS: Final = {
-    "tie_word_embeddings": "A head of its own is not handled yet: only models that share it with the embedding",
     "quantization_config": "Give the unquantised checkpoint, or a GGUF",
     "auto_map": "The model needs code of its own, which is never run",
+    "rope_type": "Its frequencies depend on the length of the text at hand; set the scaling for one length",
 }
+# Rotary scalings whose frequencies depend on how long a text is.
+_ROPE_BY_LENGTH: Final = ("dynamic", "longrope", "su")
+_ROPE_KEYS: Final = ("rope_scaling", "rope_parameters")
+_EARLIER_KEYS: Final = {"rope_theta", "rope_scaling", "rope_local_base_freq"}  # read from older checkpoints
 
 
 def check_config(config: Config) -> str:
     """The architecture of a config.json. Raises UnsupportedError that names the key, its value and what is handled."""
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and len(named) == 1 else str(named)
-    if architecture not in ARCHITECTURES:
+    for key, allowed in _VALUES.items():
+        if key in config and config[key] not in allowed:
+            raise _refused(architecture, key, config[key])
+    if architecture not in causal_architectures():
         raise unsupported_architecture(architecture)
-    own = ARCHITECTURES[architecture]
-    values = {"tie_word_embeddings": False, **config}  # absent means untied to every class in the table
-    for key, value in sorted(values.items()):
-        allowed = own.get(key, _VALUES.get(key)) if key in own or key in _VALUES else ()
-        if key in _TAKEN_OVER or key in _NO_MEANING_HERE or allowed is None or value in allowed:
-            continue
-        if key == "rope_scaling" and _rope_is_handled(value):
-            continue
-        if key in _generic_defaults() and value == _generic_defaults()[key]:
-            continue
-        if key == "layer_types" and isinstance(value, list) and set(value) == {"full_attention"}:
-            continue
-        raise UnsupportedError(
-            f"this value is not handled for {architecture}",
-            field=key,
-            value=value,
-            hint=_HINTS.get(key)
-            or (f"Handled: {_listed(allowed)}" if allowed else "Unknown to this version"),
-        )
+    known = _known_keys(config)
+    for key, value in sorted(config.items()):
+        if key in _ROPE_KEYS:
+            _check_rope(architecture, key, value)
+        if key not in known and key not in _NO_MEANING_HERE and value is not None:
+            raise _refused(architecture, key, value)
     return architecture
 
 
-@cache
-def _generic_defaults() -> dict[str, object]:
-    """What every transformers configuration says unless told otherwise; older versions write all of it."""
-    from transformers import PretrainedConfig
+def causal_architectures() -> frozenset[str]:
+    """Every causal LM that the installed transformers has code for."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return dict(PretrainedConfig().to_dict())
+    names: Mapping[str, Any] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return frozenset(name for value in names.values() for name in _as_tuple(value))
 
 
 def unsupported_architecture(architecture: str) -> UnsupportedError:
-    """The refusal of a model family, with the list of those that are handled."""
+    """The refusal of a model family that transformers has no causal LM for."""
     return UnsupportedError(
         "this model architecture is not supported",
         field="architecture",
         value=architecture,
-        hint=f"Supported: {', '.join(ARCHITECTURES)}",
+        hint="Supported are causal LMs of transformers whose graphs pass the gates, LlamaForCausalLM, Gemma2ForCausalLM, "
+        "GPT2LMHeadModel and others in docs/models.md",
     )
 
 
-def _rope_is_handled(value: object) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, dict) and value.get("rope_type", value.get("type")) in _ROPE_TYPES
+def _known_keys(config: Config) -> set[str]:
+    """Keys that the model's own configuration class reads or writes; an unknown one may mean anything."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UnsupportedError("this kind of model is not known here", field="model_type", value=kind)
+    made = CONFIG_MAPPING[kind]()
+    known = set(made.to_dict()) | set(vars(made)) | set(getattr(made, "attribute_map", {}))
+    if "rope_parameters" in known or "rope_scaling" in known:
+        known |= _EARLIER_KEYS & set(config) if "rope_parameters" in known else set()
+    return known | {"architectures", "model_type"}
 
 
-def _listed(values: tuple[object, ...]) -> str:
-    return ", ".join("absent" if value is None else str(value) for value in values)
+def _check_rope(architecture: str, key: str, value: object) -> None:
+    for kind in _rope_types(value):
+        if kind in _ROPE_BY_LENGTH:
+            raise UnsupportedError(
+                f"this value is not handled for {architecture}", field=key, value=value, hint=_HINTS["rope_type"]
+            )
+
+
+def _rope_types(value: object) -> Iterator[object]:
+    """The type of a scaling, or of each kind of layer's."""
+    if isinstance(value, dict):
+        yield value.get("rope_type", value.get("type"))
+        for inner in value.values():
+            yield from _rope_types(inner)
+
+
+def _refused(architecture: str, key: str, value: object) -> UnsupportedError:
+    allowed = ", ".join("absent" if one is None else str(one) for one in _VALUES.get(key, ()))
+    hint = _HINTS.get(key) or (
+        f"Handled: {allowed}" if allowed else "This version of transformers does not know it; a newer one may"
+    )
+    return UnsupportedError(f"this value is not handled for {architecture}", field=key, value=value, hint=hint)
+
+
+def _as_tuple(value: object) -> tuple[str, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (str(value),)

@@ -58,6 +58,33 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
 
 
 @pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """(name in `families.FAMILIES`) -> a folder with that family's `model` and its `bundle`. Read-only."""
+    import families
+
+    from fedge.lora import LoraConfig
+    from quantize.bundle import quantize
+
+    def of(name: str) -> Path:
+        family = families.FAMILIES[name]
+
+        def make(out: Path) -> None:
+            out.mkdir()
+            quantize(
+                str(tiny.write_model(out / "model", family.config())),
+                out / "bundle",
+                tiny.PUBLISHER,
+                lora=LoraConfig(r=4, alpha=8.0, targets=family.targets, rslora=True),
+                weights_format=family.weights_format,
+                head_rows=tiny.HEAD_ROWS,
+            )
+
+        return _once(tmp_path_factory, f"family-{name}", make)
+
+    return of
+
+
+@pytest.fixture(scope="session")
 def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of the real SmolLM2-135M-Instruct; for tests marked `real`. Read-only."""
     from quantize.bundle import quantize

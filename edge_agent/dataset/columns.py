@@ -18,7 +18,8 @@ from edge_agent.dataset.table import Cells, rows_of
 from fedge.errors import DataError
 
 SEPARATORS: Final = ",;\t|"
-_ALIKE_ROWS: Final = 3  # so many rows of as many cells look like a table, even where no name is known
+_ALIKE_ROWS: Final = 5  # so many rows of as many cells look like a table, even where no name is known
+_ROWS_LOOKED_AT: Final = 50
 _NAME_CHARS_MAX: Final = 40  # a longer first cell is no name, and is not shown
 _NAMES_SHOWN: Final = 20
 _HINT: Final = "Say which is which: --columns prompt=NAME,completion=NAME (or text=, label=)"
@@ -32,7 +33,9 @@ def separator_of(path: Path, head: Sequence[Line], how: Reading) -> str:
     best, looks_like = (0, ""), ""
     for separator in SEPARATORS:
         rows = [
-            row.cells for row in islice(rows_of(path, head, separator), 10) if not isinstance(row, DataError)
+            row.cells
+            for row in islice(rows_of(path, head, separator), _ROWS_LOOKED_AT)
+            if not isinstance(row, DataError)
         ]
         if not rows:
             continue
@@ -50,7 +53,7 @@ def separator_of(path: Path, head: Sequence[Line], how: Reading) -> str:
 def looks_like_a_table(path: Path, head: Sequence[Line]) -> int:
     """How many columns all the first rows have alike; 0 when they are just lines."""
     for separator in SEPARATORS:
-        rows = list(islice(rows_of(path, head, separator), 10))
+        rows = list(islice(rows_of(path, head, separator), _ROWS_LOOKED_AT))
         widths = {len(row.cells) for row in rows if isinstance(row, Cells)}
         if len(rows) >= _ALIKE_ROWS and len(widths) == 1 and widths != {1}:
             return widths.pop()

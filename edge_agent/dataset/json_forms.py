@@ -86,11 +86,22 @@ class BadRecord(Exception):
 
 
 _decoder: Final = msgspec.json.Decoder(Example)
+_any: Final = msgspec.json.Decoder(dict[str, object])
 
 
-def record_of_json(text: str, line: int, roles: Mapping[str, str]) -> Record:
-    """The record in one JSON object that begins in `line`. Raises BadRecord."""
+def record_of_json(
+    text: str, line: int, roles: Mapping[str, str], columns: Mapping[str, str] | None = None
+) -> Record:
+    """The record in one JSON object that begins in `line`; `columns`: field -> the key it has. Raises BadRecord."""
     try:
+        if columns:
+            found = _any.decode(text)
+            missing = [key for key in columns.values() if key not in found]
+            if missing:
+                raise BadRecord(
+                    "field is missing", missing[0], hint=f"It was named by --columns: {missing[0]}"
+                )
+            return record_of_row({field: found[key] for field, key in columns.items()}, line, roles)
         example = _decoder.decode(text)
     except msgspec.ValidationError as error:
         _refuse_shape(error)

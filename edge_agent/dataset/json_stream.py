@@ -23,7 +23,7 @@ _ONE_EACH: Final = "`jq -c '.NAME[]' FILE > FILE.jsonl` makes a line of each exa
 
 
 def json_objects(path: Path, lines: Iterable[Line | DataError]) -> Iterator[Line | DataError]:
-    """Each object of a top-level list, or of a row of objects, as a Line of its own.
+    """Each object of a top-level list, or of a row of objects, as a Line of its own. Lines may come in pieces.
 
     After an error nothing more is read: where the next object would begin is not known.
     """
@@ -45,7 +45,7 @@ class _Cutter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.depth, self._quoted = 0, False
+        self.depth, self._quoted, self._escaped = 0, False, False
         self._listed: bool | None = None  # not known before the first sign
         self._parts: list[str] = []
         self._began = self._size = 0
@@ -68,7 +68,7 @@ class _Cutter:
                 yield self.refuse("an object is too long", f">{DATA_LINE_BYTES_MAX}", _ONE_EACH)
                 return
             if self.depth:
-                self._parts.append("\n")
+                self._parts.append("\n" if line.ends else "")
                 return
             yield Line(self._began, line.byte, "".join(self._parts))
             at = end
@@ -88,10 +88,13 @@ class _Cutter:
         return at
 
     def _scan(self, text: str, at: int) -> int:
-        """Goes on from `at` until all brackets are closed or the line ends; returns where it stopped."""
+        """Goes on from `at` until all brackets are closed or the piece ends; returns where it stopped."""
+        if self._escaped:
+            self._escaped, at = False, at + 1
         while found := (_INSIDE if self._quoted else _OUTSIDE).search(text, at):
             sign, at = found[0], found.end()
             if sign == "\\":
+                self._escaped = at == len(text)
                 at += 1
             elif sign == '"':
                 self._quoted = not self._quoted

@@ -23,11 +23,15 @@ _SAVE: Final = "Save the file as UTF-8"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line without its end. `number` counts from 1, `byte` from 0: where it begins in the file."""
+    """A line without its end. `number` counts from 1, `byte` from 0: where it begins in the file.
+
+    `ends` is False for a piece of a line that goes on in the next piece.
+    """
 
     number: int
     byte: int
     text: str
+    ends: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,6 @@ def encoding_of(path: Path, head: bytes) -> Encoding:
 def read_lines(path: Path, stream: BinaryIO, encoding: Encoding) -> Iterator[Line | DataError]:
     """The lines from the start of `stream`; in the place of one that cannot be read, the error that says so."""
     stream.seek(encoding.skip)
-    unit = len(encoding.newline)
     for number, (byte, raw) in enumerate(_split(stream, encoding), 1):
         if raw is None:
             yield DataError(
@@ -73,15 +76,53 @@ def read_lines(path: Path, stream: BinaryIO, encoding: Encoding) -> Iterator[Lin
         try:
             text = raw.decode(encoding.name)
         except UnicodeDecodeError as error:
-            found = raw[error.start : error.start + unit]
-            yield DataError(
-                f"{path}, line {number}, byte {byte + error.start}: not valid {encoding.name[:6].upper()}",
-                field="encoding",
-                value=f"0x{found.hex()}",
-                hint=_SAVE,
-            )
+            yield _not_valid(path, number, byte + error.start, error, encoding)
             continue
         yield Line(number, byte, text.removesuffix("\r"))
+
+
+def read_pieces(path: Path, stream: BinaryIO, encoding: Encoding) -> Iterator[Line | DataError]:
+    """The same text, where a line may be longer than memory: it comes in pieces. The first error is the last item."""
+    stream.seek(encoding.skip)
+    decoder = codecs.getincrementaldecoder(encoding.name)()
+    newline = encoding.newline.decode(encoding.name)
+    number, at = 1, encoding.skip
+    while True:
+        raw = stream.read(HEAD_BYTES)
+        pending = len(decoder.getstate()[0])
+        try:
+            *whole, rest = decoder.decode(raw, final=not raw).split(newline)
+        except UnicodeDecodeError as error:
+            line = number + raw[: max(0, error.start - pending)].count(encoding.newline)
+            yield _not_valid(path, line, at - pending + error.start, error, encoding)
+            return
+        for text in whole:
+            yield Line(number, at, text.removesuffix("\r"))
+            number += 1
+        if rest:
+            yield Line(number, at, rest, ends=False)
+        if not raw:
+            return
+        at += len(raw)
+
+
+def head_of(head: bytes, encoding: Encoding) -> list[Line]:
+    """What the first bytes of a file hold in lines, to tell what it is; the last line may be cut."""
+    text = head[encoding.skip :].decode(encoding.name, errors="ignore")
+    pieces = text.split(encoding.newline.decode(encoding.name))
+    return [
+        Line(number, 0, piece.removesuffix("\r")) for number, piece in enumerate(pieces, 1) if piece.strip()
+    ]
+
+
+def _not_valid(path: Path, line: int, byte: int, error: UnicodeDecodeError, encoding: Encoding) -> DataError:
+    found = error.object[error.start : error.start + len(encoding.newline)]
+    return DataError(
+        f"{path}, line {line}, byte {byte}: not valid {encoding.name[:6].upper()}",
+        field="encoding",
+        value=f"0x{found.hex()}",
+        hint=_SAVE,
+    )
 
 
 def _split(stream: BinaryIO, encoding: Encoding) -> Iterator[tuple[int, bytes | None]]:

@@ -6,7 +6,7 @@ lines are passed over only as far as the owner said, and are counted. A refusal 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -15,7 +15,7 @@ from edge_agent.dataset.choices import Reading
 from edge_agent.dataset.columns import looks_like_a_table, separator_of, table_records
 from edge_agent.dataset.json_forms import BadRecord, record_of_json
 from edge_agent.dataset.json_stream import is_json, json_objects
-from edge_agent.dataset.lines import HEAD_BYTES, Line, encoding_of, read_lines
+from edge_agent.dataset.lines import HEAD_BYTES, Line, encoding_of, head_of, read_lines, read_pieces
 from edge_agent.dataset.plain import passages
 from edge_agent.dataset.record import Record, joined
 from fedge.errors import DataError, NoInputError, StorageError
@@ -134,19 +134,21 @@ def _file(path: Path, how: Reading, tally: Tally) -> Found:
         _refuse_binary(path, head)
         encoding = encoding_of(path, head)
 
-        def lines() -> Iterator[Line | DataError]:
-            return read_lines(path, stream, encoding)
-
-        form, separator = _form_of(path, lines, how)
+        first = head_of(head, encoding)
+        if len(head) == HEAD_BYTES and len(first) > 1:
+            del first[-1]  # it is cut
+        form, separator = _form_of(path, first, how)
         tally.form = form
+        if form == "json":
+            yield from _from_json(path, json_objects(path, read_pieces(path, stream, encoding)), how)
+            return
+        lines = read_lines(path, stream, encoding)
         if form == "json-lines":
-            yield from _from_json(path, lines(), how)
-        elif form == "json":
-            yield from _from_json(path, json_objects(path, lines()), how)
+            yield from _from_json(path, lines, how)
         elif form == "table":
-            yield from table_records(path, lines(), separator, how)
+            yield from table_records(path, lines, separator, how)
         else:
-            yield from passages(lines())
+            yield from passages(lines)
 
 
 def _refuse_binary(path: Path, head: bytes) -> None:
@@ -159,9 +161,8 @@ def _refuse_binary(path: Path, head: bytes) -> None:
             raise DataError(f"{path} is {what}", field="format", value=f"0x{head[:4].hex()}", hint=hint)
 
 
-def _form_of(path: Path, lines: Callable[[], Iterable[Line | DataError]], how: Reading) -> tuple[str, str]:
+def _form_of(path: Path, head: list[Line], how: Reading) -> tuple[str, str]:
     """Which form the first lines have, and the separator of a table."""
-    head = _head(lines())
     if how.form not in ("auto", "table"):
         return how.form, ""
     first = head[0].text.lstrip() if head else ""
@@ -185,21 +186,6 @@ def _form_of(path: Path, lines: Callable[[], Iterable[Line | DataError]], how: R
     return "text", ""
 
 
-def _head(lines: Iterable[Line | DataError]) -> list[Line]:
-    """The first lines that hold something, up to what is looked at."""
-    head: list[Line] = []
-    size = 0
-    for line in lines:
-        if isinstance(line, DataError):
-            break
-        if line.text.strip():
-            head.append(line)
-            size += len(line.text)
-        if size > HEAD_BYTES:
-            break
-    return head
-
-
 def _is_meant_as_json(first: str) -> bool:
     """Whether a file that begins so is meant as JSON."""
     if first[:1] not in ("{", "["):
@@ -219,6 +205,6 @@ def _from_json(path: Path, lines: Iterable[Line | DataError], how: Reading) -> F
             yield line
         elif line.text.strip():
             try:
-                yield record_of_json(line.text, line.number, how.roles)
+                yield record_of_json(line.text, line.number, how.roles, how.columns)
             except BadRecord as error:
                 yield error.at(f"{path}, line {line.number}")

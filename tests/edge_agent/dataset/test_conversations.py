@@ -120,6 +120,14 @@ def test_an_unusual_role_is_who_the_owner_says(tmp_path: Path) -> None:
         said(path, roles={"Alice": "friend"})
 
 
+def test_keys_have_the_names_that_the_owner_says(tmp_path: Path) -> None:
+    path = wrote(tmp_path, [{"question": "q", "answer": "a", "prompt": "not this"}, {"question": "q"}])
+    how = {"columns": {"prompt": "question", "completion": "answer"}}
+    assert said(path, skip_lines=1, **how) == [[("u", "q"), ("a", "a")]]
+    with pytest.raises(DataError, match=r"line 2: field is missing .answer"):
+        said(path, **how)
+
+
 def test_runs_of_one_speaker_become_one_turn_when_the_owner_says_so(tmp_path: Path) -> None:
     path = wrote(
         tmp_path, [{"messages": [U, U, A, message("assistant", "a2"), message("assistant", "a3", weight=0)]}]

@@ -77,12 +77,12 @@ def test_bad_lines_and_labels_are_shown(tmp_path: Path) -> None:
 
 
 def test_without_a_bundle_the_file_alone_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = wrote(tmp_path, "Frage;Antwort\nq;a\nr;b\n")
+    path = wrote(tmp_path, "Frage;Antwort\n" + "q;a\n" * 6)
     words = ["agent", "data", str(path), "--columns", "prompt=Frage,completion=Antwort"]
     assert main(words) == 0
-    assert "table, 2 conversations" in capsys.readouterr().out
+    assert "table, 6 conversations" in capsys.readouterr().out
     assert main([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["counts"]["records"] == 2
+    assert json.loads(capsys.readouterr().out)["counts"]["records"] == 6
     assert main(["agent", "data", str(path)]) == 65
     assert "looks like a table of 2 columns" in capsys.readouterr().err
     assert look(path, Reading(form="text")).kinds == {"Passage": 1}

@@ -145,6 +145,24 @@ def test_a_list_is_read_an_object_at_a_time(tmp_path: Path) -> None:
     assert records(wrote(tmp_path, "[]")) == []
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_list_in_one_line_longer_than_any_line_may_be(tmp_path: Path, encoding: str) -> None:
+    r"""As `json.dump` writes it; pieces end anywhere, inside a letter, an escape or a number."""
+    rows = [
+        {"prompt": "ü\\\\" * (i % 40) + "\\", "completion": f'"[{i}]{{"', "n": 10**i} for i in range(300)
+    ] * 40
+    data = json.dumps(rows, ensure_ascii=False)
+    assert len(data) > 2 * DATA_LINE_BYTES_MAX
+    found = said(wrote(tmp_path, data.encode(encoding)))
+    assert found == [[("u", row["prompt"]), ("a", row["completion"])] for row in rows]
+
+
+def test_a_letter_cut_in_a_list_is_told_with_its_line_and_byte(tmp_path: Path) -> None:
+    data = b'[\n{"prompt": "' + b"x" * 70_000 + b'",\n"completion": "\xfc"}]'
+    with pytest.raises(DataError, match=rf"line 3, byte {data.index(0xFC)}: not valid UTF-8"):
+        records(wrote(tmp_path, data))
+
+
 @pytest.mark.parametrize(
     ("text", "refusal"),
     [
@@ -155,13 +173,14 @@ def test_a_list_is_read_an_object_at_a_time(tmp_path: Path) -> None:
         ),
         ('[\n{"prompt": "a",\n "completion": }]', "line 2: not JSON"),
         ('{\n"data": [{"prompt": "a"}]}', "line 1: field is missing .messages"),
-        ("{\n" + '"data": "' + "x" * (DATA_LINE_BYTES_MAX + 9) + '"}', "line 2 is too long"),
+        ("{\n" + '"data": "' + "x" * (DATA_LINE_BYTES_MAX + 9) + '"}', "line 1: an object is too long.*jq"),
+        ('[{"prompt": "' + "x" * (DATA_LINE_BYTES_MAX + 9) + '"}]', "line 1: an object is too long.*jq"),
         (
             "{\n" + '"data": "xxxxxxxx",\n' * (DATA_LINE_BYTES_MAX // 16) + "}",
             "line 1: an object is too long.*jq",
         ),
     ],
-    ids=["not-an-object", "no-end", "not-json", "wrapped", "long-line", "long-object"],
+    ids=["not-an-object", "no-end", "not-json", "wrapped", "long-line", "long-in-list", "long-object"],
 )
 def test_a_list_that_is_none_is_refused_where_it_begins(tmp_path: Path, text: str, refusal: str) -> None:
     with pytest.raises(DataError, match=refusal):
@@ -234,11 +253,11 @@ def test_a_long_text_comes_in_passages_that_are_the_whole(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["[Chapter 1] It was late.", "{not json at all}", "Yes, and no.\nNo, but: yes."]
+    "text", ["[Chapter 1] It was late.", "{not json at all}", "Yes, and no.\nNo, but: yes.\n" * 2]
 )
 def test_prose_is_text_whatever_it_begins_with(tmp_path: Path, text: str) -> None:
     (passage,) = records(wrote(tmp_path, text))
-    assert passage.text == text
+    assert passage.text == text.rstrip("\n")
 
 
 def test_samples_are_counted_without_a_tokenizer(tmp_path: Path) -> None:
