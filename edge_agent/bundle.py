@@ -67,7 +67,7 @@ class Bundle:
     @property
     def layout(self) -> AdapterLayout:
         """The adapter that this bundle trains."""
-        return AdapterLayout.of(self.manifest.layers, self.manifest.lora_shapes, self.manifest.lora.r)
+        return self.manifest.layout
 
     def tensor(self, name: str) -> NDArray[np.generic]:
         """A read-only view of the mapped weight file. Raises UnsupportedError when there is no such tensor."""

@@ -24,7 +24,6 @@ from fedge.io import assets, durable
 from fedge.io.model_source import resolve_model
 from fedge.io.wheels import Progress
 from fedge.limits import BLOC_DEVICES_MAX, BLOC_DEVICES_MIN
-from fedge.lora import AdapterLayout
 from fedge.messages import Training
 from fedge.release import MANIFEST, TOKENIZER, Manifest
 from firmware_sim.pages.screen import Screen
@@ -232,7 +231,7 @@ class _Demo:
         kept = self.folder / f"heldout-{when}.json"
         if kept.exists():
             return msgspec.json.decode(kept.read_bytes(), type=dict[str, PersonLoss])
-        layout = AdapterLayout.of(manifest.layers, manifest.lora_shapes, manifest.lora.r)
+        layout = manifest.layout
         adapter = self.adapter
         if when == "before":
             adapter = self.folder / "zero.f32"
