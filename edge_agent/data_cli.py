@@ -51,7 +51,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--columns",
         default="",
         metavar="A=B,…",
-        help="of a table: prompt=NAME,completion=NAME, or text=, label=",
+        help="of a table, or keys of JSON objects: prompt=NAME,completion=NAME, or text=, label=",
     )
     reading.add_argument(
         "--separator", default="", metavar="SIGN", help="between the cells of a table; tab = tab"

@@ -39,10 +39,10 @@ class Skip(TypedDict, total=False):
 class Reading(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to read a data file.
 
-    `columns`: field -> name of a column (or key of a JSON object), or its number from 1. `separator`: of a table's cells, "" = found out.
-    `roles`: a role word of the file -> one of ROLES. With `join_runs`, turns of one role in a row are one, joined by a
-    line break: some models know nothing else than turn and turn about. Up to `skip_lines` bad lines, or a `skip_share`
-    of all records, are passed over and counted.
+    `columns`: field -> name of a column (or key of a JSON object), or its number from 1. `separator`: of a table's
+    cells, "" = found out. `roles`: a role word of the file -> one of ROLES. With `join_runs`, turns of one role in a
+    row are one, joined by a line break: some models know nothing else than turn and turn about. Up to `skip_lines` bad
+    lines, or a `skip_share` of all records, are passed over and counted.
     """
 
     form: Form = "auto"
