@@ -12,7 +12,7 @@ The same seed gives the same codes on one machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from quantize.anatomy import arguments_of
 from quantize.blocks import linears_of, matrix_of
 from quantize.formats import BLOCK, Parts, WeightFormat, assemble, decode
+from quantize.reference import positions_max
 from quantize.source import Source
 
 FITTED: Final = ("int4d", "int4gz")  # the formats that are worth the minutes
@@ -75,12 +76,13 @@ def own_text(source: Source, calibration: Calibration) -> Tensor:
     """Token ids [rows, tokens] that the model wrote, each row begun by a token drawn at random."""
     model, rows = source.model, source.anatomy.vocabulary
     draw = torch.Generator().manual_seed(calibration.seed)
-    ids = torch.randint(0, rows, (calibration.rows, 1), generator=draw)
+    length = min(calibration.tokens, positions_max(model.config))
     if source.anatomy.head is None:  # an encoder writes nothing
-        return torch.randint(0, rows, (calibration.rows, calibration.tokens), generator=draw)
+        return torch.randint(0, rows, (calibration.rows, length), generator=draw)
+    ids = torch.randint(0, rows, (calibration.rows, 1), generator=draw)
     last, past = ids, None
     with torch.no_grad():
-        for _ in range(calibration.tokens - 1):
+        for _ in range(length - 1):
             output = model(input_ids=last, past_key_values=past, use_cache=True)
             past = output.past_key_values
             last = torch.multinomial(torch.softmax(output.logits[:, -1], -1), 1, generator=draw)
@@ -230,7 +232,9 @@ def _least_squares(bases: Tensor, moments: Tensor, target: Tensor, now: Tensor) 
     right = torch.einsum("rub,rub->ru", bases, target.reshape(rows, count, BLOCK)[:, blocks])
     right -= (normal @ now[..., None])[..., 0]
     diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal += _RIDGE * diagonal + 1e-9 * diagonal.mean(1, keepdim=True)  # codes that are all 0 have no scale
+    diagonal += _RIDGE * diagonal + 1e-9 * diagonal.mean(
+        1, keepdim=True
+    )  # codes that are all 0 have no scale
     return now + torch.linalg.solve(normal, right)
 
 

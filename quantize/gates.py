@@ -46,6 +46,7 @@ from quantize.weights import Progress, map_weights, quantise
 CUT_GRADIENT_ERROR_MAX: Final = 1e-4
 GRADIENT_ERROR_MAX: Final = 1e-3  # through 30 layers of float32; measured 2e-4
 LOSS_ERROR_MAX: Final = 1e-4
+ROUNDED_ERROR_MAX: Final = 0.9  # where activations are rounded to 8 bits; unrelated vectors give 1.4
 EXACT_LOSS_CHANGE_MAX: Final = 1e-3
 DECODE_ERROR_MAX: Final = 1e-5  # mean over labels, relative to the loss, adding in floats; measured 2e-6
 CACHE_ERROR_MAX: Final = 1e-4  # of a logit, relative to the largest
@@ -156,7 +157,7 @@ class Exam:
             batch = Batch.of(rows, pad=0)
             loss, expected = torch_gradients(model, self.lora, adapter, batch)
             errors.append(compare(runner, adapter, batch, loss, expected)[1])
-        return _below("cut_gradient_error", max(errors), CUT_GRADIENT_ERROR_MAX)
+        return _below("cut_gradient_error", max(errors), self._rounds(CUT_GRADIENT_ERROR_MAX))
 
     def _quantisation(self) -> dict[str, float]:
         log_q = log_probabilities(self.source.model, self.batch)
@@ -179,11 +180,15 @@ class Exam:
         loss_error, gradient_error = compare(runner, adapter, self.batch, loss, expected)
         aux_error, position_error = self._positions(runner)
         return {
-            "loss_error": _below("loss_error", loss_error, LOSS_ERROR_MAX),
-            "gradient_error": _below("gradient_error", gradient_error, GRADIENT_ERROR_MAX),
+            "loss_error": _below("loss_error", loss_error, max(LOSS_ERROR_MAX, self.fmt.loss_error_max)),
+            "gradient_error": _below("gradient_error", gradient_error, self._rounds(GRADIENT_ERROR_MAX)),
             "aux_error": _below("aux_error", aux_error, AUX_ERROR_MAX),
-            "position_error": _below("position_error", position_error, POSITION_ERROR_MAX),
+            "position_error": _below("position_error", position_error, self._rounds(POSITION_ERROR_MAX)),
         }
+
+    def _rounds(self, bound: float) -> float:
+        """The bound on a relative error; where graphs round activations on purpose, what a wrong graph exceeds."""
+        return bound if self.fmt.gradient_gate else ROUNDED_ERROR_MAX
 
     def _positions(self, runner: Runner) -> tuple[float, float]:
         """(error of what precedes the layers, worst relative error of the features at any position)."""

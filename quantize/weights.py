@@ -2,8 +2,8 @@
 
 Names are `L{i}/{module}.w.q|.s|.m` and so on for the parts of a frozen matrix, `L{i}/{module}.b` for its bias,
 `L{i}/{norm}.weight`, `EMB.q|.s`, `HEAD.q|.s` where the output matrix is not the embedding, `norm.weight`, and `POS`
-or the model's own name for what else is read before the first layer. A tensor of 4 KB or more starts on a page, a smaller one on a
-cache line, so that a device maps the file and feeds slices of it without a copy.
+or the model's own name for what else is read before the first layer. A tensor of 4 KB or more starts on a page, a
+smaller one on a cache line, so that a device maps the file and feeds slices of it without a copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from fedge.errors import DataError
 from fedge.release import TensorPlace
 from quantize.blocks import linears_of, matrix_of
-from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat, converted, decode, encode
+from quantize.formats import EMBEDDING_FORMAT, FORMATS, Parts, WeightFormat, converted, decode, encode
 from quantize.head import HEAD
 from quantize.prologue import TABLE, outer_names
 from quantize.source import Source
@@ -32,8 +32,13 @@ _PAGE: Final = 4096
 _LINE: Final = 64
 
 
-def quantise(source: Source, fmt: WeightFormat, tell: Progress) -> dict[str, npt.NDArray]:
-    """All tensors of the weight file. The model's own weights become the dequantised ones: the gates' reference."""
+def quantise(
+    source: Source, fmt: WeightFormat, tell: Progress, fitted: Mapping[str, Parts] | None = None
+) -> dict[str, npt.NDArray]:
+    """All tensors of the weight file. The model's own weights become the dequantised ones: the gates' reference.
+
+    `fitted` has parts that `quantize.fit` found, by parameter name; other matrices are kept exactly or rounded.
+    """
     tensors: dict[str, npt.NDArray] = {}
     anatomy = source.anatomy
     for index, layer in enumerate(anatomy.layers):
@@ -42,7 +47,7 @@ def quantise(source: Source, fmt: WeightFormat, tell: Progress) -> dict[str, npt
             module, _, kind = name.rpartition(".")
             full, place = f"{anatomy.layers_path}.{index}.{name}", f"L{index}/{module}"
             if module in matrices and kind == "weight":
-                tensors |= _parts(source, full, matrix_of(matrices[module]), f"{place}.w", fmt)
+                tensors |= _parts(source, full, matrix_of(matrices[module]), f"{place}.w", fmt, fitted)
             else:
                 tensors[f"{place}.b" if module in matrices else f"L{index}/{name}"] = _floats(parameter, full)
         tell("quantise", (index + 1) / (len(anatomy.layers) + 1))
@@ -87,10 +92,16 @@ def _view(data: npt.NDArray[np.uint8], place: TensorPlace) -> npt.NDArray:
 
 
 def _parts(
-    source: Source, full: str, parameter: Any, place: str, fmt: WeightFormat
+    source: Source,
+    full: str,
+    parameter: Any,
+    place: str,
+    fmt: WeightFormat,
+    fitted: Mapping[str, Parts] | None = None,
 ) -> Iterator[tuple[str, npt.NDArray]]:
     known, weight = source.exact.get(full), _floats(parameter, full)
-    parts = (converted(*known, fmt) if known is not None else None) or encode(weight, fmt)
+    kept = converted(*known, fmt) if known is not None else None
+    parts = (fitted or {}).get(full) or kept or encode(weight, fmt)
     with torch.no_grad():
         parameter.copy_(torch.from_numpy(decode(parts, fmt)))
     return ((f"{place}.{part}", parts[part]) for part in fmt.suffixes)

@@ -1,4 +1,4 @@
-"""Fitting: less is lost where activations are, every code and scale is one that the format can store, twice the same."""
+"""Fitting: less is lost where activations are, codes and scales are what the format can store, twice the same."""
 
 import copy
 from pathlib import Path
