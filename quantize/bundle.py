@@ -38,6 +38,7 @@ from quantize.blocks import adapted_modules, check_layers
 from quantize.chat import chat_format
 from quantize.choice import choose, is_exact
 from quantize.decode import inference_graph
+from quantize.fit import FITTED, fit
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import operators
 from quantize.reference import positions_max
@@ -104,7 +105,8 @@ class _Build:
         self._source, self._lora, self._format, self._head_rows = source, lora, fmt, head_rows
         self._folder = folder
         exam = gates.Exam.of(source, exact=is_exact(source, fmt.name), fmt=fmt, lora=lora)
-        tensors = quantise(source, fmt, tell)
+        fitted = fit(source, fmt, tell) if fmt.name in FITTED and not exam.exact else None
+        tensors = quantise(source, fmt, tell, fitted)
         self._places: Mapping[str, TensorPlace] = write_weights(folder / WEIGHTS, tensors)
         del tensors
         graphs = training_graphs(source.anatomy, lora, fmt, tell)
