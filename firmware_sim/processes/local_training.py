@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle, open_bundle
 from edge_agent.dataset import Batch, Encode, Row, batches, load_dataset, load_encoder
 from edge_agent.round import data_seed
-from edge_agent.trainer import Trainer, train_round
+from edge_agent.trainer import Trainer
+from edge_agent.trainer.rules import train_by_rule
 from fedge.messages import Training
 
 Vector = NDArray[np.float32]
@@ -30,13 +31,17 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who trains, with what and how long. `people`: each device's training file, in the order of the blocs."""
+    """Who trains, with what and how long. `people`: each device's training file, in the order of the blocs.
+
+    `depth`: how many layers, from the top, move; 0 = all.
+    """
 
     bundle: Path
     people: Mapping[str, Path]
     training: Training
     rounds: int
     steps: int
+    depth: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class Devices:
         return list(self._pool.map(partial(_gradient, number, offset, vector), self._plan.people))
 
     def deltas(self, number: int, vector: Vector) -> list[LocalWork]:
-        """Each device's delta of the whole round `number`, from the adapter `vector`."""
+        """What each device sends of the whole round `number`, by the rule, from the adapter file `vector`."""
         return list(self._pool.map(partial(_delta, number, vector), self._plan.people))
 
 
@@ -140,12 +145,12 @@ def _gradient(number: int, offset: int, vector: Vector, device: str) -> LocalWor
 def _delta(number: int, vector: Vector, device: str) -> LocalWork:
     desk = _desk()
     training = desk.plan.training
-    done = train_round(
+    done = train_by_rule(
         desk.trainer,
         vector,
         islice(_batches(device, number), desk.plan.steps),
-        a_seed=training.a_seed,
-        lr=training.rate,
-        weight_decay=training.weight_decay,
+        training,
+        round_number=number,
+        depth=desk.plan.depth,
     )
     return LocalWork(done.delta, done.loss_sum, done.labels, done.rows)

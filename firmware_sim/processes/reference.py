@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from edge_agent.bundle import open_bundle
 from edge_agent.trainer import AdamW
 from fedge.errors import ConfigError, IntegrityError
+from fedge.rules import rule_of
 from fedge.secagg.ring import add_words, zero_words
 from fedge.update import codec as coding
 from fedge.update.metadata import METADATA_WORDS, Metadata, pack
-from fedge.update.report import add_carry, read_sum
+from fedge.update.report import add_carry, read_sum, report_layout
 from fedge.update.rotation import padded_length
 from fedge.update.spec import SEED_BYTES, UpdateCodec
 from firmware_sim.processes.local_training import LocalWork, Plan, open_devices
@@ -42,15 +43,17 @@ class SumFigures:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The final B `vector` in layout order, and the training loss of each step (`pooled`) or round, per token.
+    """The final adapter file `vector`, and the training loss of each step (`pooled`) or round, per token.
 
-    `sums`: what the codec did; `wrapped`: how many sums did not fit their words, so that the bloc sat the round out.
+    `sums`: what the codec did; `wrapped`: how many sums did not fit their words, so that the bloc sat the round out;
+    `bytes_up`: what a device sent in all rounds together, of payload.
     """
 
     vector: Vector
     training_loss: tuple[float, ...]
     sums: tuple[SumFigures, ...] = ()
     wrapped: int = 0
+    bytes_up: int = 0
 
     @property
     def adapter(self) -> bytes:
@@ -84,7 +87,7 @@ def federated(
     processes: int = 1,
     progress: Told | None = None,
 ) -> Reference:
-    """The fleet's rounds: every device from the same adapter with fresh AdamW, and the uniform mean of all.
+    """The fleet's rounds under the plan's rule: all from the same adapter with fresh AdamW, and the uniform mean.
 
     With `codec`, each bloc's deltas are clipped, rotated and rounded to the words that the hub would name, 16 bits
     first and 8 then; `seed` draws rotation and rounding. Raises as `pooled`, ConfigError for a bloc that is not whole.
@@ -92,21 +95,29 @@ def federated(
     names = tuple(plan.people)
     if not names or len(names) % bloc_devices:
         raise ConfigError("devices must fill whole blocs", field="devices", value=len(names))
-    vector = np.zeros(open_bundle(plan.bundle).layout.numbers, np.float32)
-    channel = _Channel(plan, vector.size, bloc_devices, seed)
+    training = plan.training
+    rule = rule_of(training.rule, open_bundle(plan.bundle).layout, training.a_seed)
+    state, channels = rule.initial(), dict[str, _Channel]()
     losses: list[float] = []
+    bytes_up = 0
     with open_devices(plan, processes) as devices:
         for number in range(1, plan.rounds + 1):
-            work = dict(zip(names, devices.deltas(number, vector), strict=True))
+            part = rule.part(number, probing=rule.probing(state))
+            channel = channels.setdefault(part.name, _Channel(plan, part.numbers, bloc_devices, seed))
+            work = dict(zip(names, devices.deltas(number, state), strict=True))
             if codec:
+                bytes_up += report_layout(part.numbers, channel.bits).size
                 total = channel.total(number, work)
             else:
-                total = np.sum([part.vector for part in work.values()], axis=0, dtype=np.float32)
-            vector = vector + total * np.float32(share(len(names), 0))
+                bytes_up += 4 * part.numbers
+                total = np.sum([sent.vector for sent in work.values()], axis=0, dtype=np.float32)
+            state = rule.apply(part, state, total, share(len(names), 0))
             losses.append(_loss(work.values()))
             if progress is not None:
                 progress(number, plan.rounds)
-    return Reference(vector, tuple(losses), tuple(channel.figures), channel.wrapped)
+    figures = sorted((one for c in channels.values() for one in c.figures), key=lambda one: one.round)
+    wrapped = sum(channel.wrapped for channel in channels.values())
+    return Reference(state, tuple(losses), tuple(figures), wrapped, bytes_up)
 
 
 class _Channel:
@@ -128,6 +139,11 @@ class _Channel:
         for bloc, codec in zip(blocs, codecs, strict=True):
             total += self._open(number, codec, {name: work[name] for name in bloc})
         return total
+
+    @property
+    def bits(self) -> int:
+        """Of the words of the next round."""
+        return self._codec(0, 0).bits
 
     def _codec(self, number: int, place: int) -> UpdateCodec:
         seed = self._draw(f"rotation/{number}/{place}")[:SEED_BYTES]
