@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from edge_agent.data_cli import add_chat, add_data, add_reading, reading_of, words_of
+from edge_agent.generator_cli import add_generate
 
 if TYPE_CHECKING:
     from edge_agent.home import Home
@@ -44,6 +45,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_train_once(words)
     _add_unit(words)
     add_data(words)
+    add_generate(words)
 
 
 def _add_enroll(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
