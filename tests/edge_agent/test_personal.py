@@ -1,0 +1,88 @@
+"""A person's own part: kept only when rows that were not trained on agree."""
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from quadratic import OneLabel, Quadratic
+
+from edge_agent.personal import mean_loss, personalise
+from edge_agent.trainer.trainer import Trainer
+from fedge.errors import ConfigError, DataError
+from fedge.lora import AdapterLayout, LoraConfig
+from fedge.rules import Ffa
+
+LAYOUT = AdapterLayout.of(2, {"self_attn.q_proj": (24, 32)}, LoraConfig(r=4, alpha=8.0))
+
+
+class Person(Quadratic):
+    """Trains on one task and is measured on another: `held_out` is whose rows the losses are of."""
+
+    def with_held_out(self, other: Quadratic) -> "Person":
+        object.__setattr__(self, "_other", other)
+        return self
+
+    def row_losses(self, batch: Any, adapter: Any) -> tuple[np.ndarray, np.ndarray]:
+        other = self._other  # type: ignore[attr-defined]
+        other.freeze_a(bytes(16))
+        return np.array([other.loss_and_gradients(batch, adapter).loss_sum]), np.array([1])
+
+
+def trainer(held_out: Quadratic, own: int = 1) -> Trainer:
+    return cast(Trainer, Person(LAYOUT, own).with_held_out(held_out))
+
+
+def start() -> dict[str, np.ndarray]:
+    rule = Ffa(LAYOUT, bytes(16))
+    return rule.tensors(rule.initial())
+
+
+def test_steps_that_help_on_held_out_rows_are_kept() -> None:
+    choice = personalise(trainer(Quadratic(LAYOUT, 1)), start(), [OneLabel()] * 10, [OneLabel()], rate=0.02)
+    assert choice.kept.name == "10 steps"
+    assert list(choice.tried) == ["fleet", "half of 5 steps", "5 steps", "half of 10 steps", "10 steps"]
+    assert choice.kept.loss == min(choice.tried.values()) < choice.tried["fleet"]
+    moved = {
+        name[-1] for name, value in choice.kept.tensors.items() if not np.array_equal(value, start()[name])
+    }
+    assert moved == {"A", "B"}
+
+
+def test_the_fleets_adapter_stays_when_held_out_rows_disagree() -> None:
+    class Opposite(Quadratic):
+        def target(self, name: str) -> np.ndarray:
+            return -super().target(name)
+
+    choice = personalise(trainer(Opposite(LAYOUT, 1)), start(), [OneLabel()] * 10, [OneLabel()], rate=0.02)
+    assert choice.kept.name == "fleet"
+    for name, value in start().items():
+        np.testing.assert_array_equal(choice.kept.tensors[name], value)
+
+
+def test_what_left_the_numbers_is_never_kept() -> None:
+    class Broken(Quadratic):
+        def loss_and_gradients(self, batch: Any, adapter: Any, depth: int = 0) -> Any:
+            found = super().loss_and_gradients(batch, adapter, depth)
+            moved = any(value.any() for name, value in adapter.items() if name.endswith(".B"))
+            return type(found)(float("nan"), 1, found.gradients) if moved else found
+
+    choice = personalise(trainer(Broken(LAYOUT, 1)), start(), [OneLabel()] * 10, [OneLabel()])
+    assert choice.kept.name == "fleet"
+    assert choice.tried["5 steps"] == float("inf")
+
+
+def test_another_candidate_may_be_the_best() -> None:
+    task = Quadratic(LAYOUT, 1)
+    alone = personalise(trainer(task), start(), [OneLabel()] * 40, [OneLabel()], steps=(40,), rate=0.02).kept
+    choice = personalise(
+        trainer(task), start(), [OneLabel()] * 10, [OneLabel()], others={"alone": alone.tensors}
+    )
+    assert choice.kept.name == "alone"
+
+
+def test_senseless_steps_and_no_held_out_rows_are_refused() -> None:
+    for steps in ((), (5, 5), (0,), (10, 5)):
+        with pytest.raises(ConfigError, match="steps"):
+            personalise(trainer(Quadratic(LAYOUT, 1)), start(), [], [OneLabel()], steps=steps)
+    with pytest.raises(DataError, match="held_out"):
+        mean_loss(trainer(Quadratic(LAYOUT, 1)), start(), [])
