@@ -8,9 +8,6 @@ A full run makes 640 steps of a device for each of the three trained adapters.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import hashlib
 import os
 import resource
 import tempfile
@@ -24,36 +21,19 @@ for _variable in (
 ):  # before numpy loads its BLAS; children inherit it
     os.environ[_variable] = "1"
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: E402
-from report import Row, parser, print_report, progress  # noqa: E402
+from kept import Kept  # noqa: E402
+from learning_personal import personal_rows  # noqa: E402
+from learning_rules import rule_rows, training_of  # noqa: E402
+from people import QUICK, Bench, Scale, told  # noqa: E402
+from report import Row, parser, print_report  # noqa: E402
 
-from edge_agent.bundle import Bundle, open_bundle  # noqa: E402
-from edge_agent.dataset import load_encoder  # noqa: E402
-from fedge.io import assets  # noqa: E402
-from fedge.lora import LoraConfig  # noqa: E402
 from fedge.messages import Training  # noqa: E402
-from firmware_sim.processes.evaluation import PersonLoss, evaluate_people, pooled, spread  # noqa: E402
-from firmware_sim.processes.local_training import Plan  # noqa: E402
-from firmware_sim.processes.people import read_people, split_people, write_person  # noqa: E402
+from firmware_sim.processes.evaluation import PersonLoss, pooled, spread  # noqa: E402
 from firmware_sim.processes.reference import Reference, federated  # noqa: E402
 from firmware_sim.processes.reference import pooled as pooled_reference  # noqa: E402
 
 EARLIER = "prototype, seeds 2 and 3"
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """How much is done: the demo's default, or a smoke test."""
-
-    devices: int = 16
-    bloc_devices: int = 8
-    unseen: int = 8
-    rounds: int = 8
-    steps: int = 5
-    heldout: int = 24
-
-
-QUICK = Scale(devices=4, bloc_devices=2, unseen=2, rounds=2, steps=1, heldout=4)
+PARTS = ("codec", "rules", "personal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,42 +64,54 @@ def main() -> None:
     flags = parser(__doc__.split("\n")[0], runs=1, seed=2)
     flags.add_argument("--bundle", type=Path, help="a SmolLM2-135M bundle; made anew when left out")
     flags.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
+    flags.add_argument("--part", action="append", choices=PARTS, help="which tables (all)")
+    flags.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep finished runs here, and go on from them"
+    )
     args = flags.parse_args()
-    scale = QUICK if args.quick else Scale()
+    wanted = args.part or PARTS
+    seeds = [args.seed + place for place in range(args.runs)]
     with tempfile.TemporaryDirectory(prefix="fedge-learning-") as folder:
-        bench = Bench(args, scale, Path(folder))
-        runs = [bench.run(args.seed + place) for place in range(args.runs)]
-    print_report("learning", rows(runs), args)
+        bench = Bench(args.bundle, QUICK if args.quick else Scale(), Path(folder), args.processes)
+        kept, found = Kept(args.keep), list[Row]()
+        if "codec" in wanted:
+            found += rows(CodecBench(bench).runs(seeds))
+        if "rules" in wanted:
+            found += rule_rows(bench, kept, seeds)
+        if "personal" in wanted:
+            found += personal_rows(bench, kept, args.seed)
+    print_report("learning", found, args)
 
 
-class Bench:
-    """Bundle and people, prepared once, and the adapters trained on them."""
+class CodecBench:
+    """The adapters that show what federating and compressing cost."""
 
-    def __init__(self, args: argparse.Namespace, scale: Scale, folder: Path) -> None:
-        self._scale, self._folder, self._processes = scale, folder, args.processes
-        self._bundle = open_bundle(args.bundle or _make_bundle(folder / "bundle"))
-        self._part, self._unseen = _write_people(self._bundle, scale, folder)
-        self._zero = self._measure(bytes(4 * self._bundle.layout.numbers), Training())  # whatever A is
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._zero = self._measure(bytes(4 * bench.bundle.layout.numbers), Training())  # whatever A is
+
+    def runs(self, seeds: Sequence[int]) -> list[Run]:
+        """One for each seed."""
+        return [self.run(seed) for seed in seeds]
 
     def run(self, seed: int) -> Run:
         """Train and measure three adapters."""
-        scale, cpu = self._scale, {}
-        training = Training(a_seed=hashlib.sha256(f"learning/{seed}".encode()).digest()[:16], data_seed=seed)
-        people = {name: self._folder / name / "train.jsonl" for name in self._part}
-        plan = Plan(self._bundle.folder, people, training, scale.rounds, scale.steps)
+        scale, processes, cpu = self._bench.scale, self._bench.processes, {}
+        training = training_of("ffa", seed)
+        plan = self._bench.plan(training)
         work: dict[str, Callable[[], Reference]] = {
             "float": lambda: federated(
-                plan, scale.bloc_devices, codec=False, processes=self._processes, progress=_told("float")
+                plan, scale.bloc_devices, codec=False, processes=processes, progress=told("float")
             ),
             "8 bits": lambda: federated(
                 plan,
                 scale.bloc_devices,
                 codec=True,
                 seed=seed,
-                processes=self._processes,
-                progress=_told("8 bits"),
+                processes=processes,
+                progress=told("8 bits"),
             ),
-            "pooled": lambda: pooled_reference(plan, processes=self._processes, progress=_told("pooled")),
+            "pooled": lambda: pooled_reference(plan, processes=processes, progress=told("pooled")),
         }
         found = {}
         for name, train in work.items():
@@ -130,14 +122,10 @@ class Bench:
         return Run(self._zero, losses["float"], losses["8 bits"], losses["pooled"], found["8 bits"], cpu)
 
     def _measure(self, adapter: bytes, training: Training) -> Losses:
-        path = self._folder / "adapter.f32"
-        path.write_bytes(adapter)
-        files = {name: self._folder / name / "heldout.jsonl" for name in (*self._part, *self._unseen)}
-        found = evaluate_people(
-            self._bundle.folder, files, path, training, processes=self._processes, progress=_told("held-out")
-        )
+        found, groups = self._bench.losses(adapter, training), self._bench.groups
         return Losses(
-            {name: found[name] for name in self._part}, {name: found[name] for name in self._unseen}
+            {name: found[name] for name in groups["took part"]},
+            {name: found[name] for name in groups["never seen"]},
         )
 
 
@@ -244,34 +232,9 @@ def _apart(one: Sequence[float], other: Sequence[float]) -> list[float]:
     return [abs(gap) for gap in _gaps(one, other)]
 
 
-def _make_bundle(folder: Path) -> Path:
-    from quantize.bundle import quantize  # torch and transformers: only when there is no bundle yet
-
-    source = assets.pull("models", "smollm2-135m")
-    progress("quantizing SmolLM2-135M, a minute or two")
-    quantize(str(source), folder, Ed25519PrivateKey.generate(), lora=LoraConfig())
-    return folder
-
-
-def _write_people(bundle: Bundle, scale: Scale, folder: Path) -> tuple[list[str], list[str]]:
-    data = assets.pull("data", "chitchat")
-    groups = split_people(
-        read_people(data), scale.devices, scale.unseen, encode=load_encoder(bundle.tokenizer)
-    )
-    for split in (*groups[0], *groups[1]):
-        write_person(
-            folder / split.person, dataclasses.replace(split, heldout=split.heldout[: scale.heldout])
-        )
-    return [split.person for split in groups[0]], [split.person for split in groups[1]]
-
-
 def _children_cpu() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def _told(name: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(f"{name} {done}/{total}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""Is a person better off with the fleet? The fleet's adapter, personal steps on it, and training alone, one by one.
+
+Everybody has a menu: the fleet's adapter, 5 or 10 own steps on top, half-way points, and the adapter that as many own
+steps make alone as they spent in the fleet and after it. The choice is made on validation messages and measured on
+held-out ones, which no choice has seen. `few` are people never seen who have 40 messages in all, 8 of them to choose
+by. Alone is A and B at a rate of 0.004.
+"""
+
+from __future__ import annotations
+
+import base64
+import statistics
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any, Final
+
+import numpy as np
+from kept import Kept
+from learning_rules import CASES, train_case, training_of
+from numpy.typing import NDArray
+from people import Bench
+from report import Row, progress
+
+from edge_agent.dataset import Batch, batches, evaluation_batches, load_dataset, load_encoder
+from edge_agent.dataset import Row as DataRow
+from edge_agent.personal import HELD_OUT_ROWS, STEPS, mean_loss, personalise
+from edge_agent.round import data_seed
+from edge_agent.trainer import Trainer
+from edge_agent.trainer.rules import local_part, train_by_rule
+from fedge.messages import Training
+from fedge.rules import rule_of
+
+Tensors = Mapping[str, NDArray[np.float32]]
+FEW: Final = 40
+ALONE_RATE: Final = 0.004
+_EVALUATION_ROWS: Final = 12
+_OWN_ROUND: Final = 1_000  # orders the rows of personal steps: no round of a campaign has this number
+
+
+def personal_rows(bench: Bench, kept: Kept, seed: int) -> list[Row]:
+    """The rows about people, those who took part and those never seen."""
+    run = train_case(bench, kept, CASES[0], seed)
+    state = np.frombuffer(base64.b64decode(run["adapter"]), "<f4").astype(np.float32)
+    desk = Desk(bench, training_of("ffa", seed), state)
+    found: dict[str, list[dict[str, float]]] = {}
+    for group, people in bench.groups.items():
+        found[group] = [_person(desk, kept, name, seed, few=False) for name in people]
+    found["few"] = [_person(desk, kept, name, seed, few=True) for name in bench.groups["never seen"]]
+    rows = [row for group, people in found.items() for row in _table(group, people)]
+    took_part = found["took part"]
+    gains = [one["alone"] - one["chosen"] for one in took_part]
+    few = [one["alone"] - one["chosen"] for one in found["few"]]
+    return [
+        *rows,
+        Row.of(
+            "personal_gain_nats", "chosen over alone, mean", [statistics.fmean(gains)], "nats", goal=">= 0.02"
+        ),
+        Row.of(
+            "personal_better_off_share",
+            "chosen over alone",
+            [sum(gain > 0 for gain in gains) / len(gains)],
+            "ratio",
+            goal=">= 0.7",
+        ),
+        Row.of("personal_worst_nats", "chosen over alone", [-min(gains)], "nats", goal="<= 0.05"),
+        Row.of("personal_gain_nats", "few messages, mean", [statistics.fmean(few)], "nats", goal=">= 0.1"),
+    ]
+
+
+class Desk:
+    """The bundle open once, and the fleet's adapter."""
+
+    def __init__(self, bench: Bench, training: Training, state: NDArray[np.float32]) -> None:
+        self.bench, self.training = bench, training
+        self.trainer = Trainer(bench.bundle, a_seed=training.a_seed)
+        self.rule = rule_of("ffa", bench.bundle.layout, training.a_seed)
+        self.fleet: Tensors = self.rule.tensors(state)
+        self._encode = load_encoder(bench.bundle.tokenizer)
+
+    def rows(self, person: str, name: str) -> tuple[DataRow, ...]:
+        """Rows of one of a person's files."""
+        manifest = self.bench.bundle.manifest
+        return load_dataset(
+            self.bench.folder / person / f"{name}.jsonl",
+            self.training.template,
+            self._encode,
+            eos_id=manifest.eos_id,
+            window=self.training.window_tokens,
+        ).rows
+
+    def training_batches(
+        self, rows: tuple[DataRow, ...], person: str, number: int, count: int
+    ) -> list[Batch]:
+        """`count` batches in the order of a round of that number."""
+        endless = batches(
+            rows,
+            size=self.training.batch_rows,
+            seed=data_seed(self.training, person, number),
+            pad_id=self.bench.bundle.manifest.pad_id,
+        )
+        return list(islice(endless, count))
+
+    def measuring(self, rows: tuple[DataRow, ...]) -> list[Batch]:
+        """All rows once."""
+        pad = self.bench.bundle.manifest.pad_id
+        return [batch for _, batch in evaluation_batches(rows, size=_EVALUATION_ROWS, pad_id=pad)]
+
+    def alone(self, rows: tuple[DataRow, ...], person: str, steps: int) -> Tensors:
+        """A and B after so many steps from the base model."""
+        rule = rule_of("fedit", self.bench.bundle.layout, self.training.a_seed)
+        own = Training(
+            rule="fedit", rate=ALONE_RATE, a_seed=self.training.a_seed, data_seed=self.training.data_seed
+        )
+        start = rule.initial()
+        done = train_by_rule(self.trainer, start, self.training_batches(rows, person, 1, steps), own)
+        local = local_part(rule, start, 1, ALONE_RATE)
+        return local.feeds(local.start + done.delta)
+
+
+def _person(desk: Desk, kept: Kept, person: str, seed: int, *, few: bool) -> dict[str, float]:
+    scale = desk.bench.scale
+    own_steps = scale.rounds * scale.steps + STEPS[-1]
+
+    def make() -> dict[str, Any]:
+        rows, validation = desk.rows(person, "train"), desk.rows(person, "validation")[:HELD_OUT_ROWS]
+        if few:
+            rows = rows[: FEW - len(validation)]
+        test = desk.measuring(desk.rows(person, "heldout"))
+        alone = desk.alone(rows, person, own_steps)
+        choose = desk.measuring(validation)
+        choice = personalise(
+            desk.trainer,
+            desk.fleet,
+            desk.training_batches(rows, person, _OWN_ROUND, STEPS[-1]),
+            choose,
+            others={"alone": alone},
+        )
+        without = {name: loss for name, loss in choice.tried.items() if name != "alone"}
+        progress(f"{person}{' (few)' if few else ''}: {choice.kept.name}")
+        return {
+            "zero": mean_loss(desk.trainer, desk.rule.tensors(desk.rule.initial()), test),
+            "fleet": mean_loss(desk.trainer, desk.fleet, test),
+            "alone": mean_loss(desk.trainer, alone, test),
+            "chosen": mean_loss(desk.trainer, choice.kept.tensors, test),
+            "kept_alone": float(choice.kept.name == "alone"),
+            "validation_fleet": without["fleet"],
+            "validation_best_own": min(without.values()),
+        }
+
+    facts = {
+        "person": person,
+        "few": few,
+        "own_steps": own_steps,
+        "training": desk.training,
+        **desk.bench.facts,
+    }
+    return kept.result(f"person {person} {'few' if few else 'all'} {seed}", facts, make)
+
+
+def _table(group: str, people: list[dict[str, float]]) -> list[Row]:
+    names = {"zero": "zero-shot", "fleet": "fleet", "alone": "alone, as many own steps", "chosen": "chosen"}
+    return [
+        Row.of("person_heldout_loss_nats", f"{title}, {group}", [one[name] for one in people], "nats")
+        for name, title in names.items()
+    ]

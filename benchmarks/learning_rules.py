@@ -1,0 +1,122 @@
+"""Loss by bytes of the federated rules at equal steps: each through the shipped codec, over several batch orders.
+
+Rates are each rule's own default (`fedge.rules.RATES`). `ffa, upper half` adapts the upper half of the layers alone.
+Bytes are a device's payload in all rounds, 16-bit words first and 8-bit ones then, as the hub would name them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from kept import Kept
+from people import Bench, bytes_of, loss_of
+from report import Row, progress
+
+from fedge.messages import Training
+from fedge.rules import RATES
+from firmware_sim.processes.evaluation import PersonLoss
+from firmware_sim.processes.reference import federated
+
+BASELINE = "fedit"
+HALF = "ffa, upper half"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row of the table."""
+
+    name: str
+    rule: str
+    upper_half: bool = False
+
+
+CASES = (
+    Case("ffa", "ffa"),
+    Case(BASELINE, "fedit"),
+    Case(HALF, "ffa", upper_half=True),
+    Case("alternating", "alternating"),
+    Case("core", "core"),
+    Case("sketch", "sketch"),
+)
+
+
+def training_of(rule: str, seed: int) -> Training:
+    """The campaign of one order: seed of A and of the batches."""
+    a_seed = hashlib.sha256(f"learning/{seed}".encode()).digest()[:16]
+    return Training(rule=rule, rate=RATES[rule], a_seed=a_seed, data_seed=seed)
+
+
+def train_case(bench: Bench, kept: Kept, case: Case, seed: int) -> dict[str, Any]:
+    """Losses of everybody (`[nats, labels]` by person), bytes up and the adapter file (base64) of one run."""
+    training = training_of(case.rule, seed)
+    layers = bench.bundle.manifest.layers
+    plan = bench.plan(training, depth=layers // 2 if case.upper_half else 0)
+
+    def make() -> dict[str, Any]:
+        done = federated(
+            plan,
+            bench.scale.bloc_devices,
+            codec=True,
+            seed=seed,
+            processes=bench.processes,
+            progress=lambda n, of: progress(f"{case.name}, order {seed}: round {n}/{of}"),
+        )
+        return {
+            "losses": {
+                name: [one.nll, one.labels] for name, one in bench.losses(done.adapter, training).items()
+            },
+            "bytes_up": done.bytes_up,
+            "wrapped": done.wrapped,
+            "training_loss": list(done.training_loss),
+            "adapter": base64.b64encode(done.adapter).decode(),
+        }
+
+    facts = {"case": case.name, "training": training, **bench.facts}
+    return kept.result(f"rule {case.name} {seed}".replace(",", ""), facts, make)
+
+
+def rule_rows(bench: Bench, kept: Kept, seeds: list[int]) -> list[Row]:
+    """The table, and the goals about it. Order by order, so that a run that is stopped has whole orders."""
+    found = {(case.name, seed): train_case(bench, kept, case, seed) for seed in seeds for case in CASES}
+    rows = []
+    for case in CASES:
+        runs = [found[case.name, seed] for seed in seeds]
+        for group, people in bench.groups.items():
+            losses = [loss_of(run, people) for run in runs]
+            rows.append(Row.of("rule_heldout_loss_nats", f"{case.name}, {group}", losses, "nats"))
+        rows.append(
+            Row.of(
+                "rule_bytes_up",
+                case.name,
+                [bytes_of(run) for run in runs],
+                "bytes a device",
+                baseline=BASELINE,
+                baseline_value=bytes_of(found[BASELINE, seeds[0]]),
+            )
+        )
+    part = bench.groups["took part"]
+
+    def gap(one: str, other: str) -> float:
+        return statistics.fmean(
+            loss_of(found[one, seed], part) - loss_of(found[other, seed], part) for seed in seeds
+        )
+
+    share = bytes_of(found["ffa", seeds[0]]) / bytes_of(found[BASELINE, seeds[0]])
+    orders = f"mean over {len(seeds)} orders"
+    return [
+        *rows,
+        Row.of("rule_gap_nats", f"ffa to fedit, {orders}", [gap("ffa", BASELINE)], "nats", goal="<= 0.03"),
+        Row.of("rule_bytes_share", "ffa of fedit", [share], "ratio", goal="<= 0.41"),
+        Row.of(
+            "rule_gap_nats", f"upper half to all layers, {orders}", [gap(HALF, "ffa")], "nats", goal="<= 0.04"
+        ),
+    ]
+
+
+def person_losses(run: dict[str, Any]) -> dict[str, PersonLoss]:
+    """By person."""
+    return {name: PersonLoss(nll, labels) for name, (nll, labels) in run["losses"].items()}

@@ -1,0 +1,102 @@
+"""Bundle and people of the learning benchmark, prepared once: who takes part, who is never seen, and their files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from report import progress
+
+from edge_agent.bundle import Bundle, open_bundle
+from edge_agent.dataset import load_encoder
+from fedge.io import assets
+from fedge.lora import LoraConfig
+from fedge.messages import Training
+from firmware_sim.processes.evaluation import PersonLoss, evaluate_people, pooled
+from firmware_sim.processes.local_training import Plan
+from firmware_sim.processes.people import read_people, split_people, write_person
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is done: the demo's default, or a smoke test."""
+
+    devices: int = 16
+    bloc_devices: int = 8
+    unseen: int = 8
+    rounds: int = 8
+    steps: int = 5
+    heldout: int = 24
+
+
+QUICK = Scale(devices=4, bloc_devices=2, unseen=2, rounds=2, steps=1, heldout=4)
+
+
+class Bench:
+    """Where the work is done: `folder` holds people's files, `processes` work at a time."""
+
+    def __init__(self, bundle: Path | None, scale: Scale, folder: Path, processes: int) -> None:
+        self.scale, self.folder, self.processes = scale, folder, processes
+        self.bundle = open_bundle(bundle or _make_bundle(folder / "bundle"))
+        part, unseen = _write_people(self.bundle, scale, folder)
+        self.groups = {"took part": part, "never seen": unseen}
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What a kept result depends on, beside its own settings."""
+        return {"scale": self.scale, "bundle": self.bundle.stamp.manifest_sha256.hex()}
+
+    def plan(self, training: Training, *, depth: int = 0) -> Plan:
+        """The rounds of those who take part."""
+        people = {name: self.folder / name / "train.jsonl" for name in self.groups["took part"]}
+        return Plan(self.bundle.folder, people, training, self.scale.rounds, self.scale.steps, depth)
+
+    def losses(self, adapter: bytes, training: Training) -> dict[str, PersonLoss]:
+        """Of everybody, on held-out messages."""
+        path = self.folder / "adapter.f32"
+        path.write_bytes(adapter)
+        names = [name for people in self.groups.values() for name in people]
+        files = {name: self.folder / name / "heldout.jsonl" for name in names}
+        return evaluate_people(
+            self.bundle.folder, files, path, training, processes=self.processes, progress=told("held-out")
+        )
+
+
+def loss_of(run: dict[str, Any], people: list[str]) -> float:
+    """Loss per token of these people in a kept result."""
+    return pooled(PersonLoss(*run["losses"][name]) for name in people)
+
+
+def bytes_of(run: dict[str, Any]) -> float:
+    """What a device sent."""
+    return float(run["bytes_up"])
+
+
+def told(name: str) -> Callable[[int, int], None]:
+    """Progress of `name`."""
+    return lambda done, total: progress(f"{name} {done}/{total}")
+
+
+def _make_bundle(folder: Path) -> Path:
+    from quantize.bundle import quantize  # torch and transformers: only when there is no bundle yet
+
+    source = assets.pull("models", "smollm2-135m")
+    progress("quantizing SmolLM2-135M, a minute or two")
+    quantize(str(source), folder, Ed25519PrivateKey.generate(), lora=LoraConfig())
+    return folder
+
+
+def _write_people(bundle: Bundle, scale: Scale, folder: Path) -> tuple[list[str], list[str]]:
+    data = assets.pull("data", "chitchat")
+    groups = split_people(
+        read_people(data), scale.devices, scale.unseen, encode=load_encoder(bundle.tokenizer)
+    )
+    for split in (*groups[0], *groups[1]):
+        write_person(
+            folder / split.person, dataclasses.replace(split, heldout=split.heldout[: scale.heldout])
+        )
+    return [split.person for split in groups[0]], [split.person for split in groups[1]]
