@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
@@ -30,7 +30,8 @@ from fedge.io import assets  # noqa: E402
 from fedge.lora import LoraConfig  # noqa: E402
 from fedge.messages import Template  # noqa: E402
 from firmware_sim.processes.people import read_people, split_people  # noqa: E402
-from quantize.blocks import linears_of, matrix_of  # noqa: E402
+from quantize.blocks import graph_config, linears_of, matrix_of  # noqa: E402
+from quantize.choice import weight_bytes  # noqa: E402
 from quantize.fit import fit  # noqa: E402
 from quantize.formats import FORMATS, Parts, WeightFormat, converted, decode, encode  # noqa: E402
 from quantize.reference import Batch, random_adapter  # noqa: E402
@@ -71,6 +72,8 @@ CASES = (
     Case("int4gz", "fit"),
     Case("nf4", "nearest"),
 )
+QUICK = (Case("int8g", "nearest"), Case("int4d", "fit", device=False))
+HEAD_ROWS = 4096
 
 
 def shuffled(source: Source, seed: int) -> Source:
@@ -156,7 +159,7 @@ def weight_error(source: Source, original: dict[str, torch.Tensor]) -> float:
     lost = whole = 0.0
     for name, value in source.model.named_parameters():
         if name in original:
-            lost += float(((value - original[name]) ** 2).sum())
+            lost += float(((value.detach() - original[name]) ** 2).sum())
             whole += float((original[name] ** 2).sum())
     return float((lost / whole) ** 0.5)
 
@@ -183,3 +186,157 @@ def parts_of(source: Source, case: Case, fmt: WeightFormat) -> dict[str, Parts]:
         with torch.no_grad():
             value.copy_(torch.from_numpy(decode(found[name], fmt)))
     return found
+
+
+class Bench:
+    """One source in two forms, on its own grid and shuffled off it, and the text that both are judged by."""
+
+    def __init__(self, args: Namespace, folder: Path) -> None:
+        self._folder, self._runs = folder, 1 if args.quick else args.runs
+        name = str(_tiny_model(folder / "model")) if args.quick else MODEL
+        self.cases = QUICK if args.quick else CASES
+        progress("loading the source twice")
+        self._imported = load(name)
+        self._batches = (
+            _made_up(self._imported)
+            if args.quick
+            else messages(self._imported.tokenizer, folder, PEOPLE, MESSAGES)
+        )
+        self._before = [log_probabilities(self._imported.model, batch)[0] for batch in self._batches]
+        self.source_loss = judge(self._imported.model, self._batches, self._before)[1]
+        self._shuffled = shuffled(load(name), args.seed)
+        self._kept = {
+            form: {name: value.detach().clone() for name, value in source.model.named_parameters()}
+            for form, source in (("imported", self._imported), ("shuffled", self._shuffled))
+        }
+
+    def rows(self, case: Case) -> list[Row]:
+        """All figures of one case."""
+        form = "imported" if case.method == "import" else "shuffled"
+        source = self._imported if case.method == "import" else self._shuffled
+        with torch.no_grad():
+            for name, value in source.model.named_parameters():
+                value.copy_(self._kept[form][name])
+        fmt = FORMATS[case.format]
+        original = {name: self._kept[form][name] for name in matrices(source)}
+        progress(f"{case.name}: quantising")
+        began = process_time()
+        parts = parts_of(source, case, fmt)
+        seconds = process_time() - began
+        divergence, loss = judge(source.model, self._batches, self._before)
+
+        def row(figure: str, value: float, unit: str, goal: str | None = None) -> Row:
+            return Row.of(figure, case.name, [value], unit, goal=goal)
+
+        found = [
+            row("bits_per_weight", fmt.bits_per_weight(source.anatomy.hidden), "bits"),
+            row("weights_mb", weight_bytes(source, fmt) / MEGABYTE, "MB"),
+            row("kl_nats", divergence, "nats", case.kl_goal),
+            row("weight_error_ratio", weight_error(source, original), "of the norm"),
+            row("quantise_cpu_s", seconds, "s"),
+        ]
+        if not case.device:
+            return [*found, row("zeroshot_loss_nats", loss, "nats")]
+        runner = self._runner(source, fmt, parts, self._folder / case.name.replace(", ", "-"))
+        device_loss = self._device_loss(source, runner)
+        change = Row.of(
+            "zeroshot_change_nats",
+            case.name,
+            [abs(device_loss - self.source_loss)],
+            "nats",
+            goal=case.loss_goal,
+            baseline="loss of the source",
+            baseline_value=self.source_loss,
+        )
+        step = Row.of("step_cpu_s", case.name, self._steps(source, runner), "s")
+        return [*found, row("zeroshot_loss_nats", device_loss, "nats"), change, step]
+
+    def _runner(self, source: Source, fmt: WeightFormat, parts: dict[str, Parts], place: Path) -> Runner:
+        """The graphs of a bundle and its tensors, unsigned."""
+        progress(f"{place.name}: graphs")
+        place.mkdir()
+        anatomy, lora = source.anatomy, graph_config(source.model, LoraConfig())
+        tensors = quantise(source, fmt, _silent, parts)
+        for name, graph in training_graphs(anatomy, lora, fmt, _silent).items():
+            (place / name).write_bytes(graph.SerializeToString())
+        return Runner(
+            place, tensors, len(anatomy.layers), HEAD_ROWS, kinds=anatomy.kinds, cap=anatomy.logit_cap
+        )
+
+    def _device_loss(self, source: Source, runner: Runner) -> float:
+        adapter = self._adapter(source, scale=0.0)
+        losses = [
+            runner.losses(batch.ids, batch.mask, batch.labels, adapter).astype(np.float64)
+            for batch in self._batches
+        ]
+        return float(np.concatenate(losses).mean())
+
+    def _steps(self, source: Source, runner: Runner) -> list[float]:
+        """CPU seconds of a forward and backward pass, after one that is not counted."""
+        adapter = self._adapter(source, scale=0.01)
+        ids = np.random.default_rng(0).integers(1, source.anatomy.vocabulary, (STEP_ROWS, STEP_TOKENS))
+        batch, seconds = Batch.of(ids.tolist(), pad=0), []
+        for _ in range(1 + self._runs):
+            began = process_time()
+            runner.gradients(batch.ids, batch.mask, batch.labels, adapter)
+            seconds.append(process_time() - began)
+        return seconds[1:]
+
+    def _adapter(self, source: Source, scale: float) -> dict[str, np.ndarray]:
+        lora = graph_config(source.model, LoraConfig())
+        return random_adapter(source.model, lora, np.random.default_rng(0), scale=scale)
+
+
+def _tiny_model(folder: Path) -> Path:
+    """A random Llama for the smoke run."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.15,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    words = {f"w{number}": number for number in range(320)}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def _made_up(source: Source) -> list[Batch]:
+    draw = np.random.default_rng(0)
+    rows = draw.integers(1, source.anatomy.vocabulary, (8, 24)).tolist()
+    return [labelled([(row[:8], row[8:]) for row in rows])]
+
+
+def _silent(phase: str, fraction: float) -> None:
+    pass
+
+
+def main() -> None:
+    """Measure and print."""
+    flags = parser((__doc__ or "").split("\n", maxsplit=1)[0], runs=3, seed=1)
+    flags.add_argument("--case", action="append", help="only cases that begin so, as in `int4d, fit`")
+    args = flags.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="fedge-formats-") as folder:
+        bench = Bench(args, Path(folder))
+        chosen = [case for case in bench.cases if not args.case or case.name.startswith(tuple(args.case))]
+        rows = [Row.of("zeroshot_loss_nats", "source", [bench.source_loss], "nats")]
+        for case in chosen:
+            rows += bench.rows(case)
+        print_report("formats", rows, args)
+
+
+if __name__ == "__main__":
+    main()
