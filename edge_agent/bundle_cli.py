@@ -114,7 +114,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     import msgspec
 
-    from edge_agent.foresight import worker_bytes
+    from edge_agent.planner import worker_bytes
     from fedge.boards import BOARDS, board
     from fedge.errors import UsageError
     from fedge.messages import Training

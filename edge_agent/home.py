@@ -121,6 +121,10 @@ class Home:
         """What training changed, float32."""
         return self.rounds / f"{transcript.hex()}.delta"
 
+    def state_of(self, transcript: bytes) -> Path:
+        """What an interrupted training goes on from."""
+        return self.rounds / f"{transcript.hex()}.state"
+
     def sent(self, transcript: bytes) -> Path:
         """What the masked report carries of it, float32, before rounding."""
         return self.rounds / f"{transcript.hex()}.sent"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from edge_agent.dataset.choices import Reading
+from edge_agent.planner import Plan
 from fedge.messages import Training
 from fedge.update.spec import UpdateCodec
 
@@ -46,7 +47,8 @@ class BundleJob(
 ):
     """What every job over a bundle names. Hashes pin what is used; `threads` is the owner's cap.
 
-    With `slot_count`, the job first waits for a training slot in the folder `slots` (`edge_agent.slots`).
+    With `slot_count`, the job first waits for a training slot in the folder `slots` (`edge_agent.slots`). `plan` is
+    how a step is carried out; `scratch` is a folder where it may keep checkpoints, "" = the system's.
     """
 
     bundle: str
@@ -57,6 +59,8 @@ class BundleJob(
     threads: int = 1
     slots: str = ""
     slot_count: int = 0
+    plan: Plan = Plan()
+    scratch: str = ""
 
 
 class Job(BundleJob, frozen=True, kw_only=True):
@@ -77,6 +81,8 @@ class Train(Job, frozen=True):
 
     What that is, and in which order, says the campaign's rule for round number `round` of the bloc. Only the top
     `depth` layers move, 0 = all. The order of rows follows `data_seed`; `start` batches of that order are passed over.
+    In the file `state`, "" = none, the job keeps what it has done, at most once in `state_seconds`: the same job begun
+    again after it was cut off goes on from there, and ends with the same bits.
     """
 
     delta: str
@@ -85,6 +91,8 @@ class Train(Job, frozen=True):
     start: int = 0
     depth: int = 0
     round: int = 1
+    state: str = ""
+    state_seconds: float = 60.0  # flash cards wear out, and a state has three times the adapter's bytes
 
 
 class Evaluate(Job, frozen=True):
@@ -143,6 +151,7 @@ class Trained(Answer, frozen=True):
     rows: int
     steps: int
     skipped: int
+    not_finite: int
     seconds: float  # wall time of the steps alone
     counts: Counts
     verified: VerifiedStamp

@@ -61,13 +61,20 @@ class Warm:
     def _trainer_of(self, bundle: Bundle, job: BundleJob) -> Trainer:
         from edge_agent.trainer import Trainer
 
-        key = bundle.stamp, job.threads  # the stamp has every file's inode and times: the same files
+        key = (
+            bundle.stamp,
+            job.threads,
+            job.plan,
+            job.scratch,
+        )  # the stamp has every file's inode and times: the same files
         if self._trainer is not None and self._trainer[0] == key:
             trainer = self._trainer[1]
             trainer.freeze_a(job.training.a_seed)
             return trainer
         self._trainer = None
-        trainer = Trainer(bundle, job.threads, a_seed=job.training.a_seed)
+        scratch = Path(job.scratch) if job.scratch else None
+        seed = job.training.a_seed
+        trainer = Trainer(bundle, job.threads, a_seed=seed, plan=job.plan, folder=scratch)
         if isinstance(job, Train | Gauge):
             trainer.reserve(job.training.batch_rows, job.training.window_tokens)
         self._trainer = key, trainer

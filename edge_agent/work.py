@@ -13,8 +13,8 @@ from typing import Final
 from edge_agent import effects, jobs
 from edge_agent.downloads import Downloads
 from edge_agent.effects import Event
-from edge_agent.foresight import worker_bytes
 from edge_agent.pace import Pace
+from edge_agent.planner import Plan, fits, plan
 from edge_agent.resources import free_memory_mb, memory_of
 from edge_agent.round_files import Rounds
 from edge_agent.settings import Settings
@@ -51,6 +51,7 @@ class Work:
         self._job: tuple[int, _Subject] | None = None
         self._began = 0.0
         self._verified: jobs.VerifiedStamp | None = None
+        self._planned: tuple[tuple[bytes, Training], Plan] | None = None
 
     @property
     def pid(self) -> int:
@@ -100,6 +101,7 @@ class Work:
         manifest, wanted = announced.manifest.sha256, self._job[1] if self._job is not None else b""
         if isinstance(wanted, Announcement) and wanted.manifest == announced.manifest:
             return None
+        chosen, reason = self._plan(manifest, announced.publisher, announced.training)
         job = jobs.Gauge(
             bundle=str(self._downloads.bundle(manifest)),
             training=announced.training,
@@ -109,14 +111,16 @@ class Work:
             threads=self._threads,
             slots=self._slots,
             slot_count=self._slot_count,
+            plan=chosen,
+            scratch=str(self._settings.home.rounds.resolve()),
         )
-        reason = self._too_large(manifest, announced.publisher, announced.training)
         reason = reason or self._submit(announced, job)
         return Pace(manifest, reason=reason) if reason else None
 
     def train(self, effect: effects.Train) -> Event | None:
         """Begin to train; the event that it failed when there is no room for it, or no worker can be had."""
-        if reason := self._too_large(effect.manifest, effect.publisher, effect.training):
+        chosen, reason = self._plan(effect.manifest, effect.publisher, effect.training)
+        if reason:
             return effects.WorkFailed(effect.transcript, reason, MEMORY)
         settings, home = self._settings, self._settings.home
         job = jobs.Train(
@@ -132,30 +136,48 @@ class Work:
             threads=self._threads,
             slots=self._slots,
             slot_count=self._slot_count,
+            plan=chosen,
+            scratch=str(self._settings.home.rounds.resolve()),
             delta=str(home.delta(effect.transcript)),
             steps=effect.steps,
             data_seed=effect.data_seed,
             depth=effect.depth,
             round=effect.round,
+            state=str(home.state_of(effect.transcript)),
         )
         return self._begin(effect.transcript, job)
 
-    def _too_large(self, sha256: bytes, publisher: bytes, training: Training, *, gauged: bool = False) -> str:
-        """Why this board should not even begin; what cannot be read here is for the worker to tell."""
+    def _plan(
+        self, sha256: bytes, publisher: bytes, training: Training, *, gauged: bool = False
+    ) -> tuple[Plan, str]:
+        """How a step is to be carried out here, or why this board should not even begin.
+
+        What cannot be read here is for the worker to tell. A plan that still fits is kept: its sessions may be warm.
+        """
         folder = self._downloads.bundle(sha256)
         try:
             data, signature = (folder / MANIFEST).read_bytes(), (folder / SIGNATURE).read_bytes()
             manifest = open_manifest(data, signature, publisher=publisher, sha256=sha256)
         except (OSError, FedgeError):
-            return ""
-        need = worker_bytes(manifest, training, gauged=gauged)
-        with_agent = round((need + 1_024 * memory_of(os.getpid()).resident_kb) / 1e6)
-        if 0 < self._memory_mb_max < with_agent:
-            return f"a round would take about {with_agent} MB, the owner allows {self._memory_mb_max} MB"
+            return Plan(), ""
         left = (free_memory_mb() << 20) + 1_024 * memory_of(self.pid).anonymous_kb
-        if left < need:
-            return f"a round would take about {need // 10**6} MB, this board has {left // 10**6} MB left"
-        return ""
+        allowed = self._memory_mb_max * 10**6 - 1_024 * memory_of(os.getpid()).resident_kb
+        room, whose = left, f"this board has {left // 10**6} MB left"
+        if self._memory_mb_max > 0 and allowed < left:
+            room, whose = max(allowed, 0), f"the owner allows {self._memory_mb_max} MB"
+        key = sha256, training
+        try:
+            if (
+                self._planned is not None
+                and self._planned[0] == key
+                and fits(manifest, training, self._planned[1], room, gauged=gauged)
+            ):
+                return self._planned[1], ""
+            chosen = plan(manifest, training, room, gauged=gauged)
+        except UnavailableError as error:
+            return Plan(), f"{error.what}: {whose}. {error.hint}"
+        self._planned = key, chosen
+        return chosen, ""
 
     def seal(self, effect: effects.Seal) -> Event | None:
         """Begin to seal; the event that it failed when no worker can be had."""
@@ -223,7 +245,7 @@ class Work:
         self._verified = reply.verified
         self._stats.worker_said(reply.memory)
         manifest = announced.manifest.sha256
-        if self._too_large(manifest, announced.publisher, announced.training, gauged=True):
+        if self._plan(manifest, announced.publisher, announced.training, gauged=True)[1]:
             self._worker.stop()
         return Pace(manifest, reply.seconds)
 

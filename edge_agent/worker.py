@@ -63,6 +63,8 @@ def train(job: Train, emit: Emit) -> Trained:
     outcome = _round(job, trainer, dataset, bundle.manifest.pad_id, emit)
     seconds = time.monotonic() - began
     durable.write_bytes(Path(job.delta), outcome.delta.astype("<f4").tobytes())
+    if job.state:
+        durable.remove(Path(job.state))
     return Trained(
         loss_sum=outcome.loss_sum,
         labels=outcome.labels,
@@ -70,6 +72,7 @@ def train(job: Train, emit: Emit) -> Trained:
         rows=outcome.rows,
         steps=outcome.steps,
         skipped=outcome.skipped,
+        not_finite=outcome.not_finite,
         seconds=seconds,
         counts=dataset.counts,
         verified=bundle.stamp,
@@ -80,6 +83,7 @@ def train(job: Train, emit: Emit) -> Trained:
 def _round(job: Train, trainer: Trainer, dataset: Dataset, pad_id: int, emit: Emit) -> RoundOutcome:
     from edge_agent.dataset import batches
     from edge_agent.trainer.rules import train_by_rule
+    from edge_agent.trainer.state import Keeper
 
     def after_step(done: int, step: StepResult) -> None:
         progress = Progress(
@@ -88,18 +92,35 @@ def _round(job: Train, trainer: Trainer, dataset: Dataset, pad_id: int, emit: Em
         emit(progress)
 
     training = job.training
+    keeper = Keeper(Path(job.state), _run_of(job), job.state_seconds, time.monotonic) if job.state else None
+    resumed = keeper.found() if keeper else None
+    done = resumed.progress.cursor if resumed else 0
     endless = batches(
-        dataset.rows, size=training.batch_rows, seed=job.data_seed, pad_id=pad_id, start=job.start
+        dataset.rows, size=training.batch_rows, seed=job.data_seed, pad_id=pad_id, start=job.start + done
     )
     return train_by_rule(
         trainer,
         _floats(Path(job.adapter), job.adapter_sha256),
-        islice(endless, job.steps),
+        islice(endless, job.steps - done),
         training,
         round_number=job.round,
         depth=job.depth,
         after_step=after_step,
+        resume=resumed,
+        keep=keeper.keep if keeper else None,
     )
+
+
+def _run_of(job: Train) -> bytes:
+    """What must be the same for a job to go on where another was cut off: everything that decides its bits."""
+    look = Path(job.data).stat()  # rows were read from it a moment ago
+    same = msgspec.structs.replace(
+        job, verified=None, delta="", state="", state_seconds=0, slots="", scratch=""
+    )
+    digest = hashlib.sha256(Path(job.adapter).read_bytes()).digest()
+    return hashlib.sha256(
+        msgspec.json.encode((same, look.st_ino, look.st_size, look.st_mtime_ns, digest))
+    ).digest()
 
 
 def evaluate(job: Evaluate, emit: Emit) -> Evaluated:

@@ -1,15 +1,16 @@
-"""Weights are made dense when they are needed, and not before.
+"""Weights are made dense when they are needed, not before, and not kept for later.
 
 A node that reads nothing but weights is ready from the start, and ONNX Runtime runs what is ready: all matrices of a
-block lie dense in memory before the first product. So each is made to wait: the stored bytes pass through a Reshape
-to the shape that they have, and that shape is computed from the activation that the matrix will be multiplied by.
-The Reshape copies nothing.
+block lie dense in memory before the first product, and stay there for the way back. So each product makes its own
+(a pass over the codes takes a few hundredths of a product with 256 rows), and each is made to wait: the stored bytes
+pass through a Reshape to the shape that they have, and that shape is computed from the activation that the matrix
+will be multiplied by. The Reshape copies nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -25,45 +26,78 @@ _STORED: Final = (TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT4)
 
 
 def late_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model, in which large stored matrices wait for the activations that they meet first."""
+    """The same model, in which each product with a large stored matrix makes it dense for itself, just before."""
     graph = model.graph
     stored = {value.name: _sizes(value) for value in graph.input if _is_large(value)}
-    waits = _first_met(graph, stored)
-    copy = onnx.GraphProto()
-    copy.CopyFrom(graph)
-    constants, nodes = list(copy.initializer), list(copy.node)
-    for name, activation in waits.items():
-        late, sizes = _late(name), f"{_late(name)}/sizes"
-        for node in nodes:
-            node.input[:] = [late if read == name else read for read in node.input]
-        constants.append(numpy_helper.from_array(np.array(stored[name], np.int64), sizes))
-        nodes += [
-            helper.make_node("Shape", [activation], [f"{late}/rows"], start=0, end=1),
-            helper.make_node("Mul", [f"{late}/rows", _NOTHING], [f"{late}/nothing"]),
-            helper.make_node("Add", [sizes, f"{late}/nothing"], [f"{late}/shape"]),
-            helper.make_node("Reshape", [name, f"{late}/shape"], [late]),
-        ]
-    if waits:
-        constants.append(numpy_helper.from_array(np.array([0], np.int64), _NOTHING))
-    return make_model(
-        _on_demand(nodes, _weights(graph) | set(map(_late, waits))), graph.input, graph.output, constants
-    )
-
-
-def _first_met(graph: onnx.GraphProto, stored: Mapping[str, list[int]]) -> dict[str, str]:
-    """For each stored matrix the activation that it is multiplied by first; in the order of the graph."""
-    free = _weights(graph)
-    sources: dict[str, set[str]] = {name: {name} for name in stored}
-    waits: dict[str, str] = {}
+    if not stored:
+        return model
+    chains = _Chains(stored, {name: node for node in graph.node for name in node.output})
+    free, nodes = _weights(graph), list[onnx.NodeProto]()
+    pending: list[onnx.NodeProto] = []
     for node in graph.node:
-        read = set[str]().union(*(sources.get(name, set()) for name in node.input))
-        met = [name for name in node.input if name not in free]
-        if met:
-            waits |= {name: met[0] for name in sorted(read) if name not in waits}
-        else:
+        if free.issuperset(node.input):
             free.update(node.output)
-            sources.update((name, read) for name in node.output)
-    return waits
+            (pending if chains.leads_from(node) else nodes).append(node)
+            continue
+        changed = onnx.NodeProto()
+        changed.CopyFrom(node)
+        activation = next(name for name in node.input if name not in free)
+        changed.input[:] = [chains.copy(name, activation, nodes) for name in node.input]
+        nodes.append(changed)
+    outputs = {value.name for value in graph.output}
+    nodes += [node for node in pending if outputs.intersection(node.output)]
+    return make_model(nodes, graph.input, graph.output, [*graph.initializer, *chains.constants])
+
+
+class _Chains:
+    """The nodes that lead from stored bytes to a dense matrix, written again for each product."""
+
+    def __init__(self, stored: Mapping[str, list[int]], producers: Mapping[str, onnx.NodeProto]) -> None:
+        self.constants = [numpy_helper.from_array(np.array([0], np.int64), _NOTHING)]
+        self._stored, self._producers = stored, producers
+        self._from = set(stored)
+        self._copies = 0
+
+    def leads_from(self, node: onnx.NodeProto) -> bool:
+        """Whether a node that reads weights alone reads stored bytes; such nodes are asked for in order."""
+        found = bool(self._from.intersection(node.input))
+        if found:
+            self._from.update(node.output)
+        return found
+
+    def copy(self, name: str, activation: str, nodes: list[onnx.NodeProto]) -> str:
+        """The value `name`, computed only after `activation`; values without stored bytes stay as they are."""
+        if name not in self._from:
+            return name
+        self._copies += 1
+        return self._copied(name, activation, nodes, f"late/{self._copies}/")
+
+    def _copied(self, name: str, activation: str, nodes: list[onnx.NodeProto], prefix: str) -> str:
+        if name not in self._from:
+            return name
+        if name in self._stored:
+            return self._waiting(name, activation, nodes, prefix)
+        producer = self._producers[name]
+        node = onnx.NodeProto()
+        node.CopyFrom(producer)
+        node.input[:] = [self._copied(read, activation, nodes, prefix) for read in producer.input]
+        node.output[:] = [prefix + made for made in producer.output]
+        nodes.append(node)
+        return prefix + name
+
+    def _waiting(self, name: str, activation: str, nodes: list[onnx.NodeProto], prefix: str) -> str:
+        late, sizes = prefix + name, f"late/sizes/{name}"
+        if all(tensor.name != sizes for tensor in self.constants):
+            self.constants.append(numpy_helper.from_array(np.array(self._stored[name], np.int64), sizes))
+        nodes.extend(
+            [
+                helper.make_node("Shape", [activation], [f"{late}/rows"], start=0, end=1),
+                helper.make_node("Mul", [f"{late}/rows", _NOTHING], [f"{late}/nothing"]),
+                helper.make_node("Add", [sizes, f"{late}/nothing"], [f"{late}/shape"]),
+                helper.make_node("Reshape", [name, f"{late}/shape"], [late]),
+            ]
+        )
+        return late
 
 
 def _weights(graph: onnx.GraphProto) -> set[str]:
@@ -71,35 +105,6 @@ def _weights(graph: onnx.GraphProto) -> set[str]:
     inputs = {value.name for value in graph.input if "." in value.name}
     adapters = {name for name in inputs if name.endswith((".A", ".B")) or name.startswith(KEEP)}
     return (inputs - adapters) | {tensor.name for tensor in graph.initializer} | {""}
-
-
-def _on_demand(nodes: Sequence[onnx.NodeProto], weights: set[str]) -> list[onnx.NodeProto]:
-    """The nodes in an order in which each stands just before the first that reads it."""
-    producer = {name: node for node in nodes for name in node.output}
-    order: list[onnx.NodeProto] = []
-    done: set[int] = set()
-    free = set(weights)
-    for wanted in nodes:
-        if free.issuperset(wanted.input):
-            free.update(wanted.output)
-            continue
-        stack = [wanted]
-        while stack:
-            node = stack[-1]
-            needed = [producer[name] for name in node.input if name in producer]
-            missing = [other for other in needed if id(other) not in done]
-            if missing:
-                stack.extend(reversed(missing))
-                continue
-            stack.pop()
-            if id(node) not in done:
-                done.add(id(node))
-                order.append(node)
-    return order
-
-
-def _late(name: str) -> str:
-    return f"late/{name}"
 
 
 def _is_large(value: onnx.ValueInfoProto) -> bool:

@@ -8,6 +8,7 @@ run then starts again from its beginning, which costs time and no correctness. `
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -77,3 +78,21 @@ def read_state(path: Path, run: bytes) -> TrainState | None:
     flat = np.frombuffer(numbers, "<f4").astype(np.float32)
     vector, *moments = np.split(flat, np.cumsum(header.sizes)[:-1])
     return TrainState(run, header.progress, vector, tuple(moments))
+
+
+class Keeper:
+    """Keeps the state of one run in one file, not more often than every `seconds` of `clock`."""
+
+    def __init__(self, path: Path, run: bytes, seconds: float, clock: Callable[[], float]) -> None:
+        self._path, self._run, self._seconds, self._clock = path, run, seconds, clock
+        self._last = clock()
+
+    def found(self) -> TrainState | None:
+        """What the run goes on from, if anything."""
+        return read_state(self._path, self._run)
+
+    def keep(self, state: TrainState) -> None:
+        """Write `state` when it is time. Raises StorageError."""
+        if self._clock() - self._last >= self._seconds:
+            msgspec.structs.replace(state, run=self._run).write(self._path)
+            self._last = self._clock()

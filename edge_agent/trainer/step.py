@@ -148,6 +148,7 @@ class Streamer:
         outer = self._outside()
         aux = self._graph("prologue").run({"input_ids": ids, "attention_mask": np.ones_like(ids), **outer})
         x = aux.pop("x")
+        self._bundle.let_go(self._table)
         block = self._block(0, aux, adapter)
         keep = "_keep" if self._plan.keep else ""
         out = self._graph(f"block_fwd{keep}").run({"x": x, **block})

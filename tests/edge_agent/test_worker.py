@@ -30,6 +30,7 @@ from edge_agent.jobs import (
 )
 from edge_agent.trainer import Trainer, train_round
 from edge_agent.worker import COMMANDS
+from fedge.io import durable
 from fedge.messages import Training
 
 TRAINING = Training(batch_rows=2, window_tokens=60, a_seed=bytes(range(16)))
@@ -267,6 +268,43 @@ def test_a_killed_worker_leaves_no_file_under_the_final_name(
     child.kill()
     child.wait()
     assert not Path(job.delta).exists()
+
+
+@pytest.mark.parametrize("done", [1, 2, 4])
+def test_a_job_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bits(
+    job: Train, tmp_path: Path, child: subprocess.Popen[bytes], done: int
+) -> None:
+    """Killed after a step was reported; whether its state was kept is open. Another job does not go on from it."""
+    ask(change(job, steps=6))
+    whole = np.fromfile(job.delta, "<f4")
+    Path(job.delta).unlink()
+    cut = change(job, steps=6, state=str(tmp_path / "round.state"), state_seconds=0.0)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(msgspec.json.encode(cut) + b"\n")
+    child.stdin.flush()
+    for _ in range(done):
+        child.stdout.readline()
+    child.kill()
+    child.wait()
+    durable.sweep(tmp_path)
+    *progress, last = ask(cut)
+    assert isinstance(last, Trained)
+    assert (last.steps, last.rows) == (6, 12)
+    numbers = [answer.done for answer in progress if isinstance(answer, Progress)]
+    assert numbers == list(range(numbers[0], 7))
+    assert numbers[0] >= done
+    assert np.fromfile(job.delta, "<f4").tobytes() == whole.tobytes()
+    assert not Path(cut.state).exists()
+
+
+def test_a_state_of_other_data_is_not_gone_on_from(job: Train, tmp_path: Path) -> None:
+    cut = change(job, state=str(tmp_path / "round.state"), state_seconds=0.0)
+    ask(change(cut, steps=2, delta="/nowhere/delta.f32"))
+    assert Path(cut.state).exists()
+    Path(job.data).write_text('{"prompt": "how", "completion": "are you"}\n' * 4)
+    answers = ask(cut)
+    assert [answer.done for answer in answers if isinstance(answer, Progress)] == [1, 2, 3]
 
 
 def test_a_delta_that_is_there_is_replaced_whole_or_not_at_all(

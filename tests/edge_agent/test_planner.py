@@ -1,0 +1,200 @@
+"""Memory foreseen: the prediction against a real worker, and what is refused because of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_agent import effects, jobs, work
+from edge_agent.downloads import Downloads
+from edge_agent.home import Home
+from edge_agent.planner import RUNTIME_BYTES, Plan, fits, need, plan, worker_bytes
+from edge_agent.settings import Settings
+from edge_agent.stats import Stats
+from edge_agent.work import Work
+from fedge.errors import UnavailableError
+from fedge.lora import AdapterLayout
+from fedge.messages import Training
+from fedge.release import MANIFEST, SIGNATURE, FileEntry, Manifest, TensorPlace, bundle_digest, open_manifest
+
+ROUND = bytes(range(32))
+
+
+@pytest.fixture
+def manifest(tiny_bundle: Path) -> Manifest:
+    return open_manifest((tiny_bundle / MANIFEST).read_bytes(), (tiny_bundle / SIGNATURE).read_bytes())
+
+
+def test_a_real_worker_stays_below_the_prediction_and_not_far(
+    manifest: Manifest, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    training = Training(batch_rows=8, window_tokens=64)
+    layout = AdapterLayout.of(manifest.layers, manifest.lora_shapes, manifest.lora.r)
+    (tmp_path / "adapter").write_bytes(bytes(4 * layout.numbers))
+    (tmp_path / "data").write_text('{"prompt": "how are you", "completion": "i am fine"}\n' * 9)
+    job = jobs.Train(
+        bundle=str(tiny_bundle),
+        adapter=str(tmp_path / "adapter"),
+        data=str(tmp_path / "data"),
+        training=training,
+        delta=str(tmp_path / "delta"),
+        steps=1,
+    )
+    command = [sys.executable, "-m", "edge_agent.worker"]
+    done = subprocess.run(command, input=msgspec.json.encode(job) + b"\n", capture_output=True, check=True)
+    peak = json.loads(done.stdout.splitlines()[-1])["memory"]["peak"]
+    assert 0.6 * worker_bytes(manifest, training) < peak < worker_bytes(manifest, training)
+
+
+def smollm2(manifest: Manifest) -> Manifest:
+    """The sizes of SmolLM2-135M in int4d, in the tiny manifest's place."""
+    shapes = {"down": (576, 768), "gate": (1_536, 288), "up": (1_536, 288), "q": (576, 288), "o": (576, 288)}
+    shapes |= {"k": (192, 288), "v": (192, 288)}
+    tensors = {f"L0/{name}.w.q": TensorPlace(0, shape, "uint8") for name, shape in shapes.items()}
+    files = {**manifest.files, "tokenizer.json": FileEntry(1_563_270, "0" * 64)}
+    return msgspec.structs.replace(
+        manifest,
+        layers=30,
+        hidden=576,
+        vocabulary=49_152,
+        heads=9,
+        kv_heads=3,
+        positions_max=8_192,
+        head_rows=4_096,
+        lora_shapes={"self_attn.q_proj": (576, 576), "self_attn.v_proj": (192, 576)},
+        tensors=tensors,
+        files=files,
+    )
+
+
+MB = 10**6
+MEASURED = [
+    (4, 64, 1.0, Plan(), 87.2),
+    (1, 64, 1.0, Plan(), 62.7),
+    (1, 512, 1.0, Plan(), 123.7),
+    (8, 128, 1.0, Plan(), 203.3),
+    (1, 512, 1.0, Plan(checkpoints="file", head_rows=1_024), 87.4),
+    (2, 256, 1.0, Plan(checkpoints="half"), 108.7),
+    (4, 64, 1.0, Plan(keep=30), 229.9),
+    (4, 128, 1.0, Plan(keep=10), 215.4),
+    (8, 256, 0.5, Plan(rows=2, head_rows=1_024), 129.1),
+    (1, 1_024, 0.3, Plan(head_rows=1_024), 213.5),
+    (8, 64, 0.3, Plan(rows=4), 86.8),
+]
+
+
+@pytest.mark.parametrize(("rows", "tokens", "share", "chosen", "anonymous"), MEASURED)
+def test_the_prediction_follows_measured_processes(
+    manifest: Manifest, rows: int, tokens: int, share: float, chosen: Plan, anonymous: float
+) -> None:
+    """Within a tenth, on ten shapes and six ways to carry a step out; measured on x86-64, one thread."""
+    training = Training(batch_rows=rows, window_tokens=tokens)
+    found = need(smollm2(manifest), training, chosen, label_share=share, data=False).anonymous
+    assert found == pytest.approx(anonymous * MB, rel=0.1)
+
+
+# ---------------------------------------------------------------- choosing
+SIZES = (2_000, 600, 300, 195, 160)
+
+
+def test_less_memory_is_a_leaner_plan(manifest: Manifest) -> None:
+    """Ways that cost time, bits or flash come after those that do not, and every plan fits what it was given."""
+    found, training = smollm2(manifest), Training(batch_rows=4, window_tokens=128)
+    plans = [plan(found, training, size * MB) for size in SIZES]
+    assert [chosen.keep > 0 for chosen in plans] == [True, True, False, False, False]
+    assert plans[-1].rows == 2
+    assert plans[0].keep == 30
+    assert plans[2] == Plan()
+    needs = [need(found, training, chosen).peak for chosen in plans]
+    assert needs == sorted(needs, reverse=True)
+    for size, chosen in zip(SIZES, plans, strict=True):
+        assert fits(found, training, chosen, size * MB)
+
+
+def test_a_single_long_row_has_its_checkpoints_halved_then_filed(manifest: Manifest) -> None:
+    found, training = smollm2(manifest), Training(batch_rows=1, window_tokens=512)
+    where = [plan(found, training, size * MB).checkpoints for size in (230, 180, 165)]
+    assert where == ["plain", "half", "file"]
+
+
+def test_what_fits_nowhere_is_refused_and_what_would_fit_is_said(manifest: Manifest) -> None:
+    found, training = smollm2(manifest), Training(batch_rows=1, window_tokens=4_096)
+    with pytest.raises(
+        UnavailableError, match=r"about \d+ MB at the least, 200 MB can be had.*window of 512 tokens"
+    ):
+        plan(found, training, 200 * MB)
+    with pytest.raises(UnavailableError, match="No window is short enough"):
+        plan(found, training, 60 * MB)
+
+
+def test_a_bundle_without_the_graphs_for_it_keeps_nothing(manifest: Manifest) -> None:
+    files = {name: entry for name, entry in manifest.files.items() if "keep" not in name}
+    found = msgspec.structs.replace(smollm2(manifest), files=files)
+    assert plan(found, Training(), 10**10) == Plan()
+
+
+def test_a_large_tokenizer_is_counted(manifest: Manifest) -> None:
+    files = {**manifest.files, "tokenizer.json": FileEntry(17_000_000, "0" * 64)}
+    assert worker_bytes(msgspec.structs.replace(manifest, files=files), Training()) > RUNTIME_BYTES + 400e6
+
+
+def test_sessions_that_are_there_before_the_tokenizer_are_counted_with_it(manifest: Manifest) -> None:
+    found, training = smollm2(manifest), Training()
+    more = worker_bytes(found, training, gauged=True) - worker_bytes(found, training)
+    assert 30e6 < more < 60e6
+
+
+# ---------------------------------------------------------------- what is refused
+class Bench:
+    def __init__(self, folder: Path, bundle: Path, manifest: Manifest, memory_mb_max: int) -> None:
+        downloads = Downloads(folder, None, lambda _: None, private=True)
+        self.sha256 = bytes.fromhex(bundle_digest(manifest))
+        self.publisher = bytes.fromhex(manifest.publisher)
+        downloads.bundle(self.sha256).symlink_to(bundle)
+        settings = Settings(home=Home(folder), data=folder / "data")
+        self.work = Work(settings, downloads, Stats(folder / "stats.json"), 1, lambda *_: None, memory_mb_max)
+
+    def train(self) -> effects.Event | None:
+        effect = effects.Train(
+            ROUND, self.sha256, self.publisher, bytes(32), Training(), steps=1, data_seed=0
+        )
+        try:
+            return self.work.train(effect)
+        finally:
+            self.work.stop()
+
+
+def test_the_owners_bound_is_looked_at_before_a_worker_is_started(
+    manifest: Manifest, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small").mkdir()
+    (tmp_path / "large").mkdir()
+    event = Bench(tmp_path / "small", tiny_bundle, manifest, 60).train()
+    assert isinstance(event, effects.WorkFailed)
+    assert event.name == "memory"
+    assert "the owner allows 60 MB" in event.reason
+    assert "No window is short enough" in event.reason
+    assert Bench(tmp_path / "large", tiny_bundle, manifest, 4_000).train() is None
+
+
+def test_so_is_what_the_board_has_left(
+    manifest: Manifest, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, tiny_bundle, manifest, 0)
+    monkeypatch.setattr(work, "free_memory_mb", lambda: 50)
+    event = bench.train()
+    assert isinstance(event, effects.WorkFailed)
+    assert (event.name, "this board has 52 MB left" in event.reason) == ("memory", True)
+    monkeypatch.setattr(work, "free_memory_mb", lambda: 8_000)
+    assert bench.train() is None
+
+
+def test_the_planner_needs_no_numpy() -> None:
+    code = "import sys, edge_agent.planner; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
