@@ -224,6 +224,11 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return _layers(model)[1]
 
 
+def layers_path_of(model: nn.Module) -> str:
+    """Where that list is, from the model's root."""
+    return _layers(model)[0]
+
+
 def _layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:

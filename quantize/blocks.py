@@ -8,15 +8,17 @@ is read from its module, never from its shape: transformers' Conv1D keeps (in, o
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedge.errors import ConfigError, UnsupportedError
-from fedge.lora import LoraConfig
-from quantize.anatomy import Anatomy, layers_of
+from fedge.lora import AdapterLayout, LoraConfig
+from quantize.anatomy import Anatomy, layers_of, layers_path_of
 from quantize.formats import BLOCK
 from quantize.placeholder import linear
 
@@ -26,7 +28,7 @@ MatrixModule = nn.Linear | Conv1D
 class FrozenLinear(nn.Module):
     """x W^T + b + scale (x A^T) B^T: W behind a placeholder operator, A and B present when the module is a target."""
 
-    def __init__(self, source: MatrixModule, lora: LoraConfig | None) -> None:
+    def __init__(self, source: MatrixModule, lora: LoraConfig | None, path: str = "") -> None:
         super().__init__()
         weight = matrix_of(source)
         rows, columns = weight.shape
@@ -34,15 +36,16 @@ class FrozenLinear(nn.Module):
         self.b = None if source.bias is None else nn.Parameter(source.bias.detach(), requires_grad=False)
         self.lora = lora
         if lora is not None:
-            self.A = nn.Parameter(torch.randn(lora.r, columns) / columns**0.5)
-            self.B = nn.Parameter(torch.randn(rows, lora.r) * 0.02)
+            r, self.scale = lora.rank_of(path), lora.scale_of(path)
+            self.A = nn.Parameter(torch.randn(r, columns) / columns**0.5)
+            self.B = nn.Parameter(torch.randn(rows, r) * 0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         y = linear(x, self.w)
         if self.b is not None:
             y = y + self.b
         if self.lora is not None:
-            y = y + ((x @ self.A.t()) @ self.B.t()) * self.lora.scale
+            y = y + ((x @ self.A.t()) @ self.B.t()) * self.scale
         return y
 
 
@@ -111,9 +114,51 @@ def adapted_modules(model: nn.Module, lora: LoraConfig) -> dict[str, tuple[int, 
         if _is_target(name, lora.targets):
             rows, columns = matrix_of(module).shape
             shapes[name] = (rows, columns)
-    if not 1 <= lora.r <= min(map(min, shapes.values())):
-        raise ConfigError("rank is out of range", field="lora-rank", value=lora.r)
+    for name, shape in shapes.items():
+        if not 1 <= lora.rank_of(name) <= min(shape):
+            raise ConfigError("rank is out of range", field="lora-rank", value=lora.rank_of(name))
     return shapes
+
+
+def graph_config(model: nn.Module, lora: LoraConfig) -> LoraConfig:
+    """The config of the graphs that all layers share: module by module, the largest rank and the scale built in.
+
+    What `lora` says of single layers is the device's affair (`AdapterLayout.fed`). Raises ConfigError for a target or
+    layer that does not exist, or a rank above the matrix's own.
+    """
+    path, layers = layers_path_of(model), layers_of(model)
+    linears = linears_of(layers[0])
+    if isinstance(lora.targets, tuple):
+        adapted_modules(model, msgspec.structs.replace(lora, layers=(), rank_pattern={}))
+    if lora.layers and max(lora.layers) >= len(layers):
+        raise ConfigError("the model has no such layer", field="lora-layers", value=max(lora.layers))
+    chosen = [
+        name for name in linears if any(lora.adapts(f"{path}.{i}.{name}", i) for i in range(len(layers)))
+    ]
+    if not chosen:
+        known = ", ".join(f"{path}.0.{name}" for name in linears)
+        raise ConfigError(
+            "no module gets an adapter",
+            field="lora-targets",
+            value=lora.targets,
+            hint=f"This model has {known}",
+        )
+    shapes = {}
+    for name in chosen:
+        rows, columns = matrix_of(linears[name]).shape
+        shapes[name] = (rows, columns)
+        rank = max(lora.rank_of(f"{path}.{i}.{name}") for i in range(len(layers)))
+        if not 1 <= rank <= min(rows, columns):
+            raise ConfigError("rank is out of range", field="lora-rank", value=rank)
+    if not lora.rank_pattern and not lora.alpha_pattern:
+        return LoraConfig(r=lora.r, alpha=lora.alpha, targets=tuple(chosen), rslora=lora.rslora)
+    graph = AdapterLayout.of(len(layers), shapes, lora, layer_path=path).graph
+    return LoraConfig(
+        r=lora.r,
+        targets=tuple(chosen),
+        rank_pattern={re.escape(name): module.r for name, module in graph.items()},
+        alpha_pattern={re.escape(name): module.scale * module.r for name, module in graph.items()},
+    )
 
 
 def _is_target(name: str, targets: tuple[str, ...]) -> bool:
@@ -125,7 +170,7 @@ def frozen_block(anatomy: Anatomy, lora: LoraConfig) -> nn.Module:
     block = copy.deepcopy(anatomy.layers[anatomy.pattern]).eval().requires_grad_(False)
     adapted = adapted_modules(anatomy.model, lora)
     for name, module in linears_of(block).items():
-        block.set_submodule(name, FrozenLinear(module, lora if name in adapted else None))
+        block.set_submodule(name, FrozenLinear(module, lora if name in adapted else None, name))
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation":
             block.set_submodule(name, SigmoidLinearUnit())

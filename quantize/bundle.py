@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -34,9 +34,9 @@ from fedge.release import (
     sign_manifest,
 )
 from quantize import gates
-from quantize.blocks import adapted_modules, check_layers
+from quantize.blocks import adapted_modules, check_layers, graph_config
 from quantize.chat import chat_format
-from quantize.choice import choose, is_exact
+from quantize.choice import Choice, choose, is_exact
 from quantize.decode import inference_graph
 from quantize.fit import FITTED, fit
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
@@ -59,12 +59,15 @@ def quantize(
     lora: LoraConfig,
     name: str = "",
     weights_format: str | None = None,
+    memory_bytes: int | None = None,
     head_rows: int = HEAD_ROWS,
     progress: Progress | None = None,
+    chosen: Callable[[Choice], None] | None = None,
 ) -> Manifest:
     """Write the bundle of the model `source` to the folder `out`, signed by `key`, and return its manifest.
 
-    `progress(phase, fraction)` is told how far each phase is. Raises UsageError when `out` exists, the refusals of
+    `progress(phase, fraction)` is told how far each phase is, `chosen` which format was taken and why; `memory_bytes`
+    is that of the smallest board. Raises UsageError when `out` exists, the refusals of
     `source.load`, GateError when the graphs do not compute what torch computes, StorageError. Nothing is left behind.
     """
     tell = progress or _silent
@@ -76,8 +79,11 @@ def quantize(
     loaded = load(source)
     check_layers(loaded.model)
     _ = loaded.anatomy  # refuses what cannot be taken apart before anything is written
-    fmt = choose(loaded, weights_format).format
-    shapes = adapted_modules(loaded.model, lora)
+    choice = choose(loaded, weights_format, memory_bytes=memory_bytes)
+    fmt = choice.format
+    if chosen is not None:
+        chosen(choice)
+    shapes = adapted_modules(loaded.model, graph_config(loaded.model, lora))
     tell("read", 1.0)
     with torch.random.fork_rng(), _staging(out) as folder:
         torch.manual_seed(0)
@@ -104,6 +110,7 @@ class _Build:
     ) -> None:
         self._source, self._lora, self._format, self._head_rows = source, lora, fmt, head_rows
         self._folder = folder
+        lora = graph_config(source.model, lora)  # of here on: what the graphs are made for
         exam = gates.Exam.of(source, exact=is_exact(source, fmt.name), fmt=fmt, lora=lora)
         fitted = fit(source, fmt, tell) if fmt.name in FITTED and not exam.exact else None
         tensors = quantise(source, fmt, tell, fitted)
@@ -146,6 +153,7 @@ class _Build:
             head_dim=head_dim(source.model),
             positions_max=positions_max(config),
             head_tied=anatomy.head_tied,
+            layer_path=anatomy.layers_path,
             layer_kinds=anatomy.kinds,
             logit_cap=anatomy.logit_cap,
             eos_id=source.eos_id,

@@ -13,15 +13,19 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from fedge.errors import ConfigError, NoInputError
+from fedge.errors import ConfigError, NoInputError, UsageError
+from quantize.lora_flags import add_lora_flags, lora_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    from fedge.lora import LoraConfig
     from fedge.release import Manifest
+    from quantize.choice import Choice
 
 _PHASES: Final = {
     "read": "reading the model",
+    "fit": "fitting weights",
     "quantise": "quantising weights",
     "export": "tracing the graphs",
     "gates": "checking against torch",
@@ -30,10 +34,25 @@ _PHASES: Final = {
 _TERMINATED_CODE: Final = 143  # 128 + SIGTERM, as shells have it
 _EPILOG: Final = """\
 examples:
+  fedge quantize smollm2-135m --dry-run                    size, memory on boards, seconds a step; nothing is written
   fedge quantize smollm2-135m --out bundle
-  fedge quantize ./my-llama --out bundle --lora-rank 16 --lora-targets q_proj,k_proj,v_proj,o_proj
+  fedge quantize ./my-llama --out bundle --lora-rank 16 --lora-targets all-linear --rslora
   fedge quantize owner/name --out bundle --format int8g --key publisher.pem
+
+Weights are read as safetensors or GGUF; code that comes with a model is never run.
 """
+# What a gate's figure means, for the report; one that is not here is printed by its name.
+_GATES: Final = {
+    "cut_gradient_error": "gradients of a small copy against torch, relative",
+    "gradient_error": "gradients against torch, relative",
+    "loss_error": "loss against torch, nats a token",
+    "source_loss": "loss of the source on text of its own, nats a token",
+    "quantised_loss": "the same with the quantised weights",
+    "kl": "KL(source || quantised), nats a token",
+    "decode_error": "decoding against training, nats a token",
+    "decode_change": "what 8-bit activations in the head cost, nats a token",
+    "cache_error": "decoding with a cache against without, nats a token",
+}
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,32 +60,34 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "quantize",
         help="turn a model into a signed device bundle",
-        description="Turn a Llama-family causal LM into a signed device bundle.",
+        description="Turn a model into a signed device bundle, checked against torch before it is signed.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="registered name, .gguf file, model folder, or hub id owner/name")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the bundle's folder; must not exist"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the bundle's folder; must not exist")
     parser.add_argument(
         "--key", type=Path, metavar="FILE", help="Ed25519 key, PEM (default: your own, made when missing)"
     )
     parser.add_argument("--name", default="", help="the model's name in the manifest (default: the source's)")
     parser.add_argument(
-        "--format", metavar="NAME", help="int4d or int8g (default: int4d for Q4_0 and Q4_1, else int8g)"
+        "--format",
+        metavar="NAME",
+        default="auto",
+        help="of the weights; auto keeps the source's own grid when it can, else takes what costs least, and says why "
+        "(default: auto)",
     )
     parser.add_argument(
-        "--lora-rank", type=int, default=8, metavar="R", help="rank of the adapter (default: 8)"
+        "--memory",
+        type=int,
+        metavar="MB",
+        help="of the smallest board that shall train it, for --format auto",
     )
+    add_lora_flags(parser)
     parser.add_argument(
-        "--lora-alpha", type=float, default=16.0, metavar="A", help="scale is A/R (default: 16)"
-    )
-    parser.add_argument(
-        "--lora-targets",
-        default="q_proj,v_proj",
-        metavar="NAMES",
-        help="modules that get an adapter, with commas (default: q_proj,v_proj)",
+        "--dry-run",
+        action="store_true",
+        help="say what would come of it: sizes, memory and time on boards, from the model's header alone",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
@@ -74,13 +95,23 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Quantise, and print what was made."""
-    from fedge.lora import LoraConfig
-    from fedge.release import bundle_digest
-
-    targets = tuple(name.strip() for name in arguments.lora_targets.split(",") if name.strip())
-    lora = LoraConfig(r=arguments.lora_rank, alpha=arguments.lora_alpha, targets=targets)
+    """Quantise, and print what was made; or print what would be."""
+    if arguments.memory is not None and arguments.memory < 1:
+        raise UsageError("memory must be positive", field="memory", value=arguments.memory)
+    lora = lora_of(arguments)
+    if arguments.dry_run:
+        return _dry_run(arguments, lora)
+    if arguments.out is None:
+        raise UsageError("--out DIR is missing", hint="Or --dry-run, to see what would come of it")
+    if arguments.out.exists():  # before a key is made
+        raise UsageError(
+            "the bundle folder exists already",
+            field="out",
+            value=str(arguments.out),
+            hint="Choose another one",
+        )
     key = read_key(arguments.key) if arguments.key else own_key()
+    taken: list[Choice] = []
     with _terminable(), _progress(arguments.quiet) as tell:
         from quantize.bundle import quantize
 
@@ -91,10 +122,38 @@ def run(arguments: argparse.Namespace) -> int:
             lora=lora,
             name=arguments.name,
             weights_format=arguments.format,
+            memory_bytes=arguments.memory and arguments.memory * 1_000_000,
             progress=tell,
+            chosen=taken.append,
         )
-    summary = _summary(manifest, arguments.out, bundle_digest(manifest))
+    summary = _summary(manifest, arguments.out, taken[0])
     print(json.dumps(summary) if arguments.json else _text(summary))
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace, lora: LoraConfig) -> int:
+    import dataclasses
+
+    from quantize.dry_run import forecast
+
+    found = dataclasses.asdict(forecast(arguments.model, lora, arguments.format))
+    if arguments.json:
+        print(json.dumps(found))
+        return 0
+    boards = found.pop("boards")
+    adapter = found.pop("adapter")
+    print("\n".join(f"{name:<16} {_cell(value)}" for name, value in found.items()))
+    print(
+        f"adapter          {adapter['numbers']:,} numbers, {adapter['bytes'] / 1e6:.2f} MB, rank {adapter['rank']}, "
+        f"{adapter['matrices']} matrices: {', '.join(adapter['modules'])}"
+    )
+    for board in boards:
+        fits = "fits" if board["fits"] else "does not fit"
+        print(
+            f"  {board['board']:<18} {board['needed_mb']:>6,} of {board['free_mb']:>6,} MB: {fits:<13}"
+            f" about {board['seconds_per_step']:,} s a step"
+        )
+    print("nothing was written; the times are derived and right within a factor of two")
     return 0
 
 
@@ -142,16 +201,21 @@ def own_key() -> Ed25519PrivateKey:
     return read_key(path)
 
 
-def _summary(manifest: Manifest, out: Path, digest: str) -> dict[str, Any]:
+def _summary(manifest: Manifest, out: Path, choice: Choice) -> dict[str, Any]:
+    from fedge.release import bundle_digest
+
     return {
         "bundle": str(out),
-        "manifest_sha256": digest,
+        "manifest_sha256": bundle_digest(manifest),
         "model": manifest.model,
         "architecture": manifest.architecture,
+        "licence": manifest.licence,
         "weights_format": manifest.weights_format,
+        "format_reason": choice.reason,
+        "exact": choice.exact,
         "bytes": sum(entry.size for entry in manifest.files.values()),
-        "adapter_numbers": manifest.layers
-        * sum(manifest.lora.r * rows for rows, _ in manifest.lora_shapes.values()),
+        "adapter_numbers": manifest.layout.numbers,
+        "generates": "infer.onnx" in manifest.files,
         "publisher": manifest.publisher,
         "runtime_min": manifest.runtime_min,
         "gates": manifest.gates,
@@ -159,8 +223,17 @@ def _summary(manifest: Manifest, out: Path, digest: str) -> dict[str, Any]:
 
 
 def _text(summary: dict[str, Any]) -> str:
-    lines = [f"{name:<16} {value}" for name, value in summary.items() if name != "gates"]
-    return "\n".join(lines + [f"  {gate:<20} {value:g}" for gate, value in summary["gates"].items()])
+    lines = [f"{name:<16} {_cell(value)}" for name, value in summary.items() if name != "gates"]
+    gates = [
+        f"  {name:<20} {value:<10.4g} {_GATES.get(name, '')}" for name, value in summary["gates"].items()
+    ]
+    return "\n".join([*lines, "gates, all passed:", *(gate.rstrip() for gate in gates)])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @contextmanager

@@ -77,11 +77,11 @@ def random_adapter(
     adapter = {}
     for index in range(len(layers_of(model))):
         for name, (rows, columns) in sorted(adapted_modules(model, lora).items()):
-            a = random.standard_normal((lora.r, columns)) / columns**0.5
+            r = lora.rank_of(name)
+            a = random.standard_normal((r, columns)) / columns**0.5
+            b = random.standard_normal((rows, r)) * scale
             adapter[f"L{index}/{name}.A"] = a.astype(np.float32)
-            adapter[f"L{index}/{name}.B"] = (random.standard_normal((rows, lora.r)) * scale).astype(
-                np.float32
-            )
+            adapter[f"L{index}/{name}.B"] = b.astype(np.float32)
     return adapter
 
 
@@ -149,14 +149,15 @@ def log_probabilities(model: Any, batch: Batch) -> Tensor:
 
 @contextmanager
 def _adapted(model: Any, lora: LoraConfig, leaves: Mapping[str, Tensor]) -> Iterator[None]:
-    def hook(prefix: str) -> Any:
+    def hook(prefix: str, scale: float) -> Any:
         a, b = leaves[f"{prefix}.A"], leaves[f"{prefix}.B"]
-        return lambda module, inputs, output: output + lora.scale * (inputs[0] @ a.t() @ b.t())
+        return lambda module, inputs, output: output + scale * (inputs[0] @ a.t() @ b.t())
 
     handles = []
     for index, layer in enumerate(layers_of(model)):
         for name in adapted_modules(model, lora):
-            handles.append(layer.get_submodule(name).register_forward_hook(hook(f"L{index}/{name}")))
+            change = hook(f"L{index}/{name}", lora.scale_of(name))
+            handles.append(layer.get_submodule(name).register_forward_hook(change))
     try:
         yield
     finally:

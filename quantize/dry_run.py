@@ -1,0 +1,293 @@
+"""What `fedge quantize` would make, told in seconds: no weight is read and nothing is written.
+
+The model is built without storage from its configuration (of a folder) or its header (of a GGUF), so every matrix has
+its size; the weight file is laid out on paper as `quantize.weights` would lay it out, and its size is exact. What
+memory a step takes on a board is for the device's own planner to say: it gets a draft of the manifest, in a temporary
+folder, through `fedge bundle plan`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedge.errors import DataError, FedgeError, UnsupportedError
+from fedge.io.model_source import resolve_model
+from fedge.lora import LoraConfig
+from fedge.release import (
+    FORMAT,
+    MANIFEST,
+    SIGNATURE,
+    TOKENIZER,
+    WEIGHTS,
+    FileEntry,
+    Manifest,
+    TensorPlace,
+    encode_manifest,
+    sign_manifest,
+)
+from quantize.anatomy import layers_of, layers_path_of
+from quantize.blocks import adapted_modules, graph_config, linears_of, matrix_of
+from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat
+from quantize.supported import check_config
+
+# GGUF types whose grid a format of ours holds, smallest format first; a K-quant is refitted.
+_EXACT: Final = {
+    "Q4_0": ("int4d", "int8g", "int8d"),
+    "Q4_1": ("int4d", "int8d"),
+    "Q5_0": ("int8g", "int8d"),
+    "Q5_1": ("int8d",),
+    "Q8_0": ("int8g", "int8d"),
+}
+_AUTO: Final = (None, "auto")
+_REFIT: Final = "int8g"
+_PAGE, _LINE = 4096, 64  # as quantize.weights aligns
+_PLAN_SECONDS_MAX: Final = 120
+# Graphs without weights: measured 9 KB a layer in infer.onnx and 32 KB in the others (SmolLM2-135M).
+_GRAPH_BYTES_LAYER: Final = 9_000
+_GRAPH_BYTES: Final = 32_000
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A model by its sizes: the skeleton, where its layers are, what the file says of itself."""
+
+    model: Any  # on torch's meta device: shapes and no storage
+    architecture: str
+    name: str
+    tokenizer_bytes: int
+    grids: frozenset[str]  # types of the matrices in a GGUF; empty for a folder
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What quantising would give. `boards` is what `fedge bundle plan` says; sizes in bytes."""
+
+    model: str
+    architecture: str
+    weights_format: str
+    exact: bool
+    reason: str
+    parameters: int
+    weights_bytes: int
+    bundle_bytes: int
+    adapter: dict[str, Any]
+    tokens_per_step: int
+    boards: list[dict[str, Any]]
+
+
+def forecast(source: str, lora: LoraConfig, requested: str | None) -> Forecast:
+    """Raises the refusals that quantising itself would raise for this configuration, before any weight is read."""
+    outline = outline_of(source)
+    fmt, exact, reason = _format(outline, requested)
+    manifest = draft(outline, lora, fmt)
+    plan = _plan(manifest)
+    layout = manifest.layout
+    return Forecast(
+        model=outline.name,
+        architecture=outline.architecture,
+        weights_format=fmt.name,
+        exact=exact,
+        reason=reason,
+        parameters=sum(value.numel() for value in outline.model.parameters()),
+        weights_bytes=manifest.files[WEIGHTS].size,
+        bundle_bytes=sum(entry.size for entry in manifest.files.values()),
+        adapter={
+            "matrices": len(layout.slots),
+            "rank": layout.r,
+            "numbers": layout.numbers,
+            "bytes": 4 * layout.numbers,
+            "modules": sorted(manifest.lora_shapes),
+        },
+        tokens_per_step=plan["tokens_per_step"],
+        boards=plan["boards"],
+    )
+
+
+def outline_of(source: str) -> Outline:
+    """The outline of a model folder or a GGUF. Raises what loading it would; UnsupportedError for a hub id."""
+    place = resolve_model(source)
+    if place.path is None:
+        raise UnsupportedError(
+            "a dry run reads local files only",
+            field="model",
+            value=place.hub_id,
+            hint="Download the model first",
+        )
+    return _of_gguf(place.path) if place.kind == "gguf" else _of_folder(place.path)
+
+
+def _of_folder(folder: Path) -> Outline:
+    from transformers import AutoConfig
+
+    try:
+        text = json.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise DataError("config.json is not JSON", field="model", value=str(folder)) from error
+    architecture = check_config(text)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    vocabulary = folder / "tokenizer.json"
+    size = vocabulary.stat().st_size if vocabulary.is_file() else 0
+    return Outline(_skeleton(config), architecture, folder.resolve().name, size, frozenset())
+
+
+def _of_gguf(path: Path) -> Outline:
+    from gguf import GGUFReader
+
+    from quantize import tokenizer as tokenizers
+    from quantize.gguf_families import Fields, config_of
+
+    try:
+        reader = GGUFReader(path)
+        fields = Fields({name: value.contents() for name, value in reader.fields.items()})
+    except (ValueError, IndexError, KeyError) as error:
+        raise DataError("the GGUF cannot be read", field="model", value=f"{path.name}: {error}") from error
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = config_of(fields, tensors)
+    check_config({key: value for key, value in config.to_diff_dict().items() if value is not None})
+    grids = {t.tensor_type.name for n, t in tensors.items() if n.startswith("blk.") and len(t.shape) == 2}
+    name = str(fields.get("general.basename") or fields.get("general.name") or path.stem)
+    size = len(tokenizers.from_gguf(fields))
+    return Outline(_skeleton(config), config.architectures[0], name, size, frozenset(grids))
+
+
+def _skeleton(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _format(outline: Outline, requested: str | None) -> tuple[WeightFormat, bool, str]:
+    """The format that `quantize.choice` would take, as far as a header tells."""
+    kept = set(_EXACT["Q4_0"])
+    for grid in outline.grids:
+        kept &= set(_EXACT.get(grid, ()))
+    kept = kept if outline.grids else set()
+    if requested not in _AUTO:
+        if requested not in FORMATS:
+            known = ", ".join(["auto", *FORMATS])
+            raise UnsupportedError(
+                "no such weight format", field="format", value=requested, hint=f"Known: {known}"
+            )
+        return FORMATS[str(requested)], requested in kept, "asked for"
+    for name in _EXACT["Q4_0"]:
+        if name in kept:
+            return FORMATS[name], True, f"{name} holds every weight of the source as it is"
+    grid = (
+        f"the source has {', '.join(sorted(outline.grids))}"
+        if outline.grids
+        else "the source has float weights"
+    )
+    return FORMATS[_REFIT], False, f"{grid}; {_REFIT} costs least"
+
+
+# ---------------------------------------------------------------- the manifest on paper
+def draft(outline: Outline, lora: LoraConfig, fmt: WeightFormat) -> Manifest:
+    """A manifest with the sizes of everything and the hash of nothing. Raises UnsupportedError, ConfigError."""
+    model, config = outline.model, outline.model.config
+    path, layers = layers_path_of(model), layers_of(model)
+    places, size = _laid_out(model, layers, fmt)
+    graphs = _GRAPH_BYTES + _GRAPH_BYTES_LAYER * len(layers)
+    sizes = {WEIGHTS: size, "graphs.onnx": graphs, TOKENIZER: outline.tokenizer_bytes}
+    heads = int(getattr(config, "num_attention_heads", 1))
+    hidden = model.get_input_embeddings().weight.shape[1]
+    return Manifest(
+        format=FORMAT,
+        model=outline.name,
+        architecture=outline.architecture,
+        licence="",
+        source_sha256="",
+        weights_format=fmt.name,
+        embedding_format=EMBEDDING_FORMAT,
+        layers=len(layers),
+        hidden=hidden,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+        positions_max=int(getattr(config, "max_position_embeddings", 0) or 0),
+        head_tied=bool(getattr(config, "tie_word_embeddings", False)),
+        eos_id=0,
+        pad_id=0,
+        lora=lora,
+        lora_shapes=adapted_modules(model, graph_config(model, lora)),
+        aux=(),
+        head_rows=4096,
+        operators=(),
+        runtime_min="0",
+        tensors=places,
+        files={name: FileEntry(size=size, sha256="0" * 64) for name, size in sizes.items()},
+        gates={},
+        publisher="",
+        layer_path=path,
+    )
+
+
+def _laid_out(model: Any, layers: list[Any], fmt: WeightFormat) -> tuple[dict[str, TensorPlace], int]:
+    places: dict[str, TensorPlace] = {}
+    at = 0
+    for name, shape, dtype in _tensors(model, layers, fmt):
+        size = prod(shape) * np.dtype(dtype).itemsize
+        step = _PAGE if size >= _PAGE else _LINE
+        at += -at % step
+        places[name] = TensorPlace(offset=at, shape=shape, dtype=dtype)
+        at += size
+    return places, at
+
+
+def _tensors(model: Any, layers: list[Any], fmt: WeightFormat) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Every tensor of the weight file in its order: layers, tables, what stands outside the layers."""
+    inside = set()
+    for index, layer in enumerate(layers):
+        matrices = linears_of(layer)
+        for name, parameter in layer.named_parameters():
+            inside.add(parameter)
+            module, _, kind = name.rpartition(".")
+            if module in matrices and kind == "weight":
+                yield from _matrix(f"L{index}/{module}.w", matrix_of(matrices[module]).shape, fmt)
+            else:
+                yield f"L{index}/{name}", tuple(parameter.shape), "float32"
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for name, matrix in (("EMB", table), *([] if head is table else [("HEAD", head)])):
+        yield from _matrix(name, matrix.shape, FORMATS[EMBEDDING_FORMAT])
+    for name, parameter in model.named_parameters():
+        if not any(parameter is other for other in (*inside, table, head)):
+            yield name, tuple(parameter.shape), "float32"
+
+
+def _matrix(name: str, shape: Any, fmt: WeightFormat) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    rows, columns = shape
+    for part in fmt.parts:
+        yield f"{name}.{part.suffix}", tuple(map(int, part.shape(rows, columns))), part.dtype
+
+
+def _plan(manifest: Manifest) -> dict[str, Any]:
+    """What the device's planner makes of the draft."""
+    with tempfile.TemporaryDirectory(prefix="fedge-draft-") as folder:
+        key = Ed25519PrivateKey.generate()  # nobody believes it: the folder is gone in a moment
+        data = encode_manifest(
+            msgspec.structs.replace(manifest, publisher=key.public_key().public_bytes_raw().hex())
+        )
+        (Path(folder) / MANIFEST).write_bytes(data)
+        (Path(folder) / SIGNATURE).write_bytes(sign_manifest(data, key))
+        words = [sys.executable, "-m", "fedge", "bundle", "plan", folder, "--json"]
+        done = subprocess.run(  # noqa: S603 - a list of our own words, no shell
+            words, capture_output=True, text=True, timeout=_PLAN_SECONDS_MAX, check=False
+        )
+    if done.returncode:
+        raise FedgeError(f"the planner gave no answer: {done.stderr.strip()}")
+    plan: dict[str, Any] = json.loads(done.stdout)
+    return plan
