@@ -262,7 +262,7 @@ def _watched(source: Source, ids: Tensor, batch: int = 8) -> list[_Flow]:
         calls: list[dict[str, Any]] = []
         handles = [
             layer.register_forward_pre_hook(
-                lambda module, args, keywords, calls=calls: calls.append(  # type: ignore[misc]
+                lambda module, args, keywords, calls=calls: calls.append(
                     arguments_of(module, args, keywords)
                 ),
                 with_kwargs=True,
@@ -294,7 +294,8 @@ def _groups(layer: nn.Module, flow: _Flow, index: int) -> list[list[str]]:
 
         return hook
 
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in linears_of(layer).items()]
+    matrices: dict[str, Any] = dict(linears_of(layer))
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in matrices.items()]
     try:
         flow.run(layer, index)
     finally:

@@ -242,7 +242,7 @@ def _halved(values: Floats) -> Floats:
 
 
 def _packed(codes: Codes) -> Codes:
-    packed: Codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    packed: Codes = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
     return packed
 
 

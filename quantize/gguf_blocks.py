@@ -69,8 +69,10 @@ def _q4_k(rows: Rows) -> _Grid:
 
 def _q5_k(rows: Rows) -> _Grid:
     blocks = _blocks(rows, 176)
-    bits = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # (N, blocks, 8, 32)
-    codes = _k_nibbles(rows, blocks[..., 48:]) | bits.reshape(len(rows), -1, BLOCK) << 4
+    bits = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & np.uint8(
+        1
+    )  # (N, blocks, 8, 32)
+    codes = _k_nibbles(rows, blocks[..., 48:]) | bits.reshape(len(rows), -1, BLOCK) << np.uint8(4)
     return "int8d", codes, *_k_scales(rows, blocks)
 
 
@@ -96,18 +98,18 @@ def _halves(blocks: Rows, start: int) -> Floats:
 
 def _nibbles(packed: Rows) -> Codes:
     """Codes (N, blocks, 32): low nibbles are elements 0 to 15 of a block, high nibbles 16 to 31."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+    return np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
 
 
 def _fifth_bits(packed: Rows) -> Codes:
     """Bit 4 of each of 32 codes, in its place: bit i of a little-endian word is element i's."""
-    return np.unpackbits(packed, axis=-1, bitorder="little") << 4
+    return np.unpackbits(packed, axis=-1, bitorder="little") << np.uint8(4)
 
 
 def _k_nibbles(rows: Rows, packed: Rows) -> Codes:
     """Codes (N, blocks of 32, 32): each 32 bytes hold one block in their low and the next in their high nibbles."""
     bytes_ = packed.reshape(len(rows), -1, 1, BLOCK)
-    return (bytes_ >> np.array([0, 4], np.uint8)[:, None] & 15).reshape(len(rows), -1, BLOCK)
+    return (bytes_ >> np.array([0, 4], np.uint8)[:, None] & np.uint8(15)).reshape(len(rows), -1, BLOCK)
 
 
 def _k_scales(rows: Rows, blocks: Rows) -> tuple[Floats, Floats]:

@@ -53,8 +53,9 @@ class GraphWriter:
         self.nodes.append(helper.make_node(op, list(inputs), [output], domain=domain, **attributes))
         return output
 
-    def constant(self, value: npt.NDArray) -> str:
+    def constant(self, value: npt.NDArray | np.generic) -> str:
         """Name of a constant; equal constants are stored once."""
+        value = np.asarray(value)
         key = (value.dtype.str, value.shape, value.tobytes())
         if key not in self._constants:
             name = self._constants[key] = self.fresh()
