@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch._decomp import core_aten_decompositions
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from quantize.anatomy import BATCH, LENGTH, Anatomy, Size, take, untraceable
 from quantize.blocks import block_parameters
@@ -129,11 +133,28 @@ def _traced(
     inputs: Sequence[str],
     outputs: Sequence[str],
 ) -> onnx.ModelProto:
+    """Trace to torch's core operators, with all sizes fixed but batch and length.
+
+    torch's exporter would trace once more to decompose, at twice the cost of all the rest; nothing is left to
+    decompose, so it is told so.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with tracing():
-        traced = make_fx(function, tracing_mode="symbolic")(*arguments)
+        stand_ins = [_stand_in(mode, *pair) for pair in zip(arguments, shapes, strict=True)]
+        with mode, enable_python_dispatcher():
+            traced = make_fx(function, decomposition_table=core_aten_decompositions())(*stand_ins)
         drop_idle(traced)
         program = torch.export.export(traced, arguments, dynamic_shapes=shapes, strict=False)
+    program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
     return to_onnx(program, inputs, outputs)
+
+
+def _stand_in(mode: FakeTensorMode, tensor: Tensor, symbols: Mapping[int, Any] | None) -> Tensor:
+    """A tensor without numbers whose sizes are symbols where `symbols` has the axis."""
+    kinds = [
+        DimDynamic.DUCK if axis in (symbols or {}) else DimDynamic.STATIC for axis in range(tensor.dim())
+    ]
+    return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
 
 
 def dimensions() -> tuple[Any, Any]:

@@ -77,6 +77,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.fedge.embedding.default: lambda ids, w: fedge.Embedding(ids, w),
         torch.ops.aten.embedding.default: _embedding,
         torch.ops.aten.slice_scatter.default: _slice_scatter,
+        torch.ops.aten.squeeze.dims: _squeeze,
         torch.ops.aten.empty_permuted.default: _empty_permuted,
     }
 
@@ -96,6 +97,11 @@ def _embedding(
 ) -> Any:
     """The model's own look-up; what else it may say is about the gradient of the table."""
     return onnxscript.values.Opset(DOMAIN, 1).Embedding(indices, weight)
+
+
+def _squeeze(self: Any, dim: Sequence[int]) -> Any:
+    """Axes of size one, taken out all at once."""
+    return op.Squeeze(self, op.Constant(value_ints=list(dim)))
 
 
 def _slice_scatter(

@@ -8,6 +8,7 @@ import torch
 
 from edge_agent.bundle import Bundle
 from edge_agent.trainer import BatchArrays
+from quantize.blocks import linears_of, matrix_of
 from quantize.formats import FORMATS, decode
 from quantize.source import load
 
@@ -16,13 +17,16 @@ IGNORE = -100
 
 def torch_twin(bundle: Bundle, source: Path) -> Any:
     """The model at `source` (a folder or a GGUF) with the bundle's decoded weights in it."""
-    model = load(str(source)).model
+    loaded = load(str(source))
+    model, anatomy = loaded.model, loaded.anatomy
+    matrices = {"EMB": anatomy.embedding.weight, "HEAD": None if anatomy.head is None else anatomy.head.weight}
+    for index, layer in enumerate(anatomy.layers):
+        matrices |= {f"L{index}/{path}.w": matrix_of(module) for path, module in linears_of(layer).items()}
     manifest = bundle.manifest
     for name in {name.rpartition(".")[0] for name in manifest.tensors if name.endswith(".q")}:
-        fmt = FORMATS[manifest.embedding_format if name == "EMB" else manifest.weights_format]
+        fmt = FORMATS[manifest.embedding_format if name in ("EMB", "HEAD") else manifest.weights_format]
         parts = {part: bundle.tensor(f"{name}.{part}") for part in fmt.suffixes}
-        parameter = model.get_parameter(_parameter(name))
-        parameter.data.copy_(torch.from_numpy(decode(parts, fmt)))
+        matrices[name].data.copy_(torch.from_numpy(decode(parts, fmt)))
     model.config.use_cache = False
     return model.eval()
 
@@ -47,10 +51,3 @@ def b_gradients(model: Any, batch: BatchArrays) -> tuple[float, dict[str, np.nda
             layer, _, path = name.partition(".layers.")[2].partition(".")
             found[f"L{layer}/{path.partition('.lora_B')[0]}.B"] = parameter.grad.numpy()
     return loss.item(), found
-
-
-def _parameter(name: str) -> str:
-    if name == "EMB":
-        return "model.embed_tokens.weight"
-    layer, _, path = name.partition("/")
-    return f"model.layers.{layer[1:]}.{path.removesuffix('.w')}.weight"

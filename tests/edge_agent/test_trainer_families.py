@@ -6,15 +6,13 @@ from pathlib import Path
 import families
 import numpy as np
 import pytest
+from torch_twin import torch_twin
 
 from edge_agent.bundle import open_bundle
 from edge_agent.dataset import Batch
 from edge_agent.trainer import Trainer
-from quantize.formats import FORMATS
 from quantize.reference import Batch as Reference
 from quantize.reference import torch_gradients
-from quantize.source import load
-from quantize.weights import quantise
 
 SEED = bytes(range(16))
 
@@ -24,15 +22,14 @@ def test_a_device_trains_every_family_as_torch_does(name: str, family_folder: Ca
     folder = family_folder(name)
     bundle = open_bundle(folder / "bundle")
     trainer = Trainer(bundle, a_seed=SEED)
-    source = load(str(folder / "model"))
-    quantise(source, FORMATS[bundle.manifest.weights_format], lambda phase, fraction: None)
+    twin = torch_twin(bundle, folder / "model")
     draw = np.random.default_rng(5)
     vector = (draw.standard_normal(trainer.layout.numbers) * 0.05).astype(np.float32)
     b = trainer.layout.split(vector)
     rows = [draw.integers(2, 300, width).tolist() for width in (40, 33)]
     batch = Reference.of(rows, bundle.manifest.pad_id)
     loss, expected = torch_gradients(
-        source.model, bundle.manifest.lora, {**trainer.layout.frozen(SEED), **b}, batch
+        twin, bundle.manifest.lora, {**trainer.layout.frozen(SEED), **b}, batch
     )
 
     result = trainer.loss_and_gradients(Batch(batch.ids, batch.mask, batch.labels), b)
@@ -41,6 +38,6 @@ def test_a_device_trains_every_family_as_torch_does(name: str, family_folder: Ca
     for tensor, gradient in result.gradients.items():
         error = np.linalg.norm(gradient - expected[tensor]) / np.linalg.norm(expected[tensor])
         assert error < 1e-4, tensor
-    stepped = trainer.layout.split(vector - 0.5 * trainer.layout.join(result.gradients))
+    stepped = {tensor: value - 0.5 * result.gradients[tensor] for tensor, value in b.items()}
     after, labels = trainer.row_losses(Batch(batch.ids, batch.mask, batch.labels), stepped)
     assert after.sum() / labels.sum() < loss

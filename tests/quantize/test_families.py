@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from torch_twin import torch_twin
 
+from edge_agent.bundle import open_bundle
 from fedge.errors import DataError, UnsupportedError
 from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, Manifest, open_manifest
 from quantize.anatomy import dissect
 from quantize.bundle import quantize
-from quantize.formats import FORMATS
 from quantize.reference import Batch, random_adapter, torch_gradients
 from quantize.runner import Runner
 from quantize.source import build_model, check_counts, load
-from quantize.weights import map_weights, quantise
+from quantize.weights import map_weights
 
 SHAPES = ((1, 5), (3, 40), (2, 64))  # the longer ones reach far beyond the window of 16
 
@@ -64,14 +65,14 @@ def test_a_family_passes_its_gates(family: tuple[str, Path]) -> None:
 
 def test_gradients_are_those_of_torch_beyond_the_window_too(family: tuple[str, Path]) -> None:
     """Loss at every position and the gradient of every A and B, by hooks on transformers' untouched modules."""
-    name, folder = family
-    manifest, runner, source = manifest_of(folder), runner_of(folder), load(str(folder / "model"))
-    quantise(source, FORMATS[families.FAMILIES[name].weights_format], lambda phase, fraction: None)
-    adapter = random_adapter(source.model, manifest.lora, np.random.default_rng(3), scale=0.05)
+    _, folder = family
+    manifest, runner = manifest_of(folder), runner_of(folder)
+    twin = torch_twin(open_bundle(folder / "bundle"), folder / "model")
+    adapter = random_adapter(twin, manifest.lora, np.random.default_rng(3), scale=0.05)
     for count, width in SHAPES:
         draw = np.random.default_rng(width)
         batch = Batch.of([draw.integers(2, 300, width - 3 * row).tolist() for row in range(count)], pad=0)
-        loss, expected = torch_gradients(source.model, manifest.lora, adapter, batch)
+        loss, expected = torch_gradients(twin, manifest.lora, adapter, batch)
         found_loss, found = runner.gradients(batch.ids, batch.mask, batch.labels, adapter)
         assert abs(found_loss - loss) <= 1e-5
         assert found.keys() == expected.keys()
