@@ -70,7 +70,7 @@ def inference_graph(
     check_arguments(anatomy)
     block = frozen_block(anatomy, lora)
     stack = _Stack(anatomy, block, cache_shape(anatomy, block), mask_windows(anatomy))
-    stitched = stack.write(may_fuse=may_fuse)
+    stitched, fused = stack.write(may_fuse=may_fuse)
     _, frozen = block_parameters(block)
     layers = range(len(anatomy.layers))
     matrices = {
@@ -81,7 +81,7 @@ def inference_graph(
     }
     table = Matrix(anatomy.vocabulary, anatomy.hidden, FORMATS[EMBEDDING_FORMAT])
     levels = dict.fromkeys(matrices, block_level) | {_HEAD: LEVEL_INT8}
-    lowered = DecodeLowering({**matrices, _TABLE: table, _HEAD: table}, levels).run(stitched)
+    lowered = DecodeLowering({**matrices, _TABLE: table, _HEAD: table}, levels, flat=fused).run(stitched)
     return canonical(_externalised(lowered, places))
 
 
@@ -108,8 +108,8 @@ class _Stack:
         self._layers = range(len(anatomy.layers))
         self._kinds = anatomy.kinds or ("",) * len(anatomy.layers)
 
-    def write(self, *, may_fuse: bool) -> onnx.ModelProto:
-        """The graph before it is lowered."""
+    def write(self, *, may_fuse: bool) -> tuple[onnx.ModelProto, bool]:
+        """The graph before it is lowered, and whether its layers are fused and read matrices."""
         writer, anatomy = GraphWriter("join"), self._anatomy
         start = expand_powers(fold(export_start(anatomy)))
         known = _inline(writer, start, "start/", {"ids": "ids", "positions": "positions"} | _outer(start))
@@ -128,7 +128,7 @@ class _Stack:
         inputs += [v for v in start.graph.input if v.name not in ("ids", "positions")]
         inputs += self._frozen_inputs()
         outputs = [tensor_input("logits", "float32", ["B", "W", anatomy.vocabulary])]
-        return writer.model(inputs, [*outputs, *self._cache_values("n", "T")])
+        return writer.model(inputs, [*outputs, *self._cache_values("n", "T")]), recipe is not None
 
     def _recipe(self) -> Recipe | None:
         recipe = recognise(self._anatomy, self._block, self._cache, self._windows)

@@ -137,11 +137,16 @@ class Lowering:
 
 
 class DecodeLowering(Lowering):
-    """The same products with constant weights; `levels` gives `MatMulNBits`' accuracy level by weight name."""
+    """The same products with constant weights; `levels` gives `MatMulNBits`' accuracy level by weight name.
 
-    def __init__(self, matrices: Mapping[str, Matrix], levels: Mapping[str, int]) -> None:
+    `flat`: activations of matrices with offsets are matrices [M, K] already.
+    """
+
+    def __init__(
+        self, matrices: Mapping[str, Matrix], levels: Mapping[str, int], *, flat: bool = False
+    ) -> None:
         super().__init__(matrices)
-        self._levels = levels
+        self._levels, self._are_flat = levels, flat
 
     def linear(self, x: str, weight: str, output: str) -> None:
         """output[..., N] = x[..., K] W^T."""
@@ -153,16 +158,19 @@ class DecodeLowering(Lowering):
         elif not matrix.format.has_offset:
             self._product(x, weight, output)
         else:
-            product = self._product(x, weight)
-            sums = block_sums(self, x, matrix.columns)
-            zero = writer.constant(np.float32(matrix.format.zero))
-            centre = writer.add(
-                "Add", [self.floats(weight, "m"), writer.add("Mul", [self.scale(weight), zero])]
-            )
-            shift = writer.add("Gemm", [sums, centre], transB=1)
-            writer.add(
-                "Add", [product, writer.add("Reshape", [shift, writer.add("Shape", [product])])], output
-            )
+            self._with_offsets(x, weight, output)
+
+    def _with_offsets(self, x: str, weight: str, output: str) -> None:
+        """x Q^T + blocksum(x) D^T, the sum within the second product: at one row an operator costs as much as this."""
+        writer, matrix = self.writer, self.matrix(weight)
+        flat = x if self._are_flat else self._flat(x, matrix.columns)
+        zero = writer.constant(np.float32(matrix.format.zero))
+        centre = writer.add("Add", [self.floats(weight, "m"), writer.add("Mul", [self.scale(weight), zero])])
+        terms = [block_sums(self, flat, matrix.columns), centre, self._product(flat, weight)]
+        if self._are_flat:
+            writer.add("Gemm", terms, output, transB=1)
+        else:
+            self._restore(writer.add("Gemm", terms, transB=1), x, matrix.rows, output)
 
     def _product(self, x: str, weight: str, output: str | None = None) -> str:
         """By code - zero; the runtime folds the cast of the scales when it loads the graph."""

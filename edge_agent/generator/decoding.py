@@ -53,6 +53,7 @@ class Decoding:
         self.positions_max: Final = manifest.positions_max
         self.vocabulary: Final = manifest.vocabulary
         self._pause = pause
+        self._one = np.empty((1, 1, self.vocabulary), np.float32)  # logits of one token, used again and again
         self._session = _open(bundle, threads)
         declared = self._session.get_inputs()
         self._inputs = {entry.name for entry in declared}
@@ -86,7 +87,7 @@ class Decoding:
         self.past = positions
 
     def read(self, ids: Sequence[int]) -> Floats:
-        """Logits (V,) after the last of `ids`, which follow what was read before."""
+        """Logits (V,) after the last of `ids`, which follow what was read before; good until the next reading."""
         assert ids, "nothing to read"
         logits = np.empty(0, np.float32)
         for start in range(0, len(ids), PREFILL_TOKENS):
@@ -108,7 +109,7 @@ class Decoding:
         self._bind("at", at)
         if "positions" in self._inputs:
             self._bind("positions", np.arange(self.past, total)[None])
-        logits = np.empty((1, len(at), self.vocabulary), np.float32)
+        logits = self._one if len(at) == 1 else np.empty((1, len(at), self.vocabulary), np.float32)
         self._bound["logits"] = ort.OrtValue.ortvalue_from_numpy(logits)
         self._binding.bind_ortvalue_output("logits", self._bound["logits"])
         self._session.run_with_iobinding(self._binding)

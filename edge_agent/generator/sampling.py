@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from fedge.errors import UsageError
 
 Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,29 +49,30 @@ class Sampler:
     """Chooses tokens one after the other. `silent` (V,) is True for ids that stand for no text."""
 
     def __init__(self, sampling: Sampling, silent: NDArray[np.bool_], seen: Iterable[int] = ()) -> None:
-        self._sampling, self._silent = sampling, silent
+        self._sampling, self._silent = sampling, np.flatnonzero(silent)
         self._random = np.random.default_rng(sampling.seed)
         self._seen = set(seen)
 
     def choose(self, logits: Floats) -> int:
         """The next token after `logits` (V,); it counts as seen from now on."""
-        scores = logits.astype(np.float64)
+        scores = logits.copy()
         scores[self._silent] = -np.inf
         self._penalise(scores)
         token = self._draw(scores) if self._sampling.temperature > 0 else int(scores.argmax())
         self._seen.add(token)
         return token
 
-    def _penalise(self, scores: Doubles) -> None:
+    def _penalise(self, scores: Floats) -> None:
         penalty = self._sampling.repetition_penalty
         if penalty != 1 and self._seen:
             at = np.fromiter(self._seen, np.int64)
             scores[at] = np.where(scores[at] > 0, scores[at] / penalty, scores[at] * penalty)
 
-    def _draw(self, scores: Doubles) -> int:
+    def _draw(self, scores: Floats) -> int:
         # Stable, so that ties are in the order of ids; a partial sort suffices where top-k says so.
         kept = _largest(scores, self._sampling.top_k or scores.size)
-        p = np.exp((scores[kept] - scores[kept[0]]) / self._sampling.temperature)
+        found = scores[kept].astype(np.float64)
+        p = np.exp((found - found[0]) / self._sampling.temperature)
         p /= p.sum()
         mass = np.cumsum(p)
         count = int(np.searchsorted(mass, self._sampling.top_p)) + 1  # the first always stays
@@ -81,7 +81,7 @@ class Sampler:
         return int(kept[min(place, len(p) - 1)])
 
 
-def _largest(scores: Doubles, count: int) -> NDArray[np.int64]:
+def _largest(scores: Floats, count: int) -> NDArray[np.int64]:
     """Ids of the `count` largest finite scores, largest first, ties by id."""
     candidates = np.flatnonzero(np.isfinite(scores))
     if count < candidates.size:
