@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from edge_agent.planner import Plan
+    from fedge.boards import Board
+    from fedge.messages import Training
     from fedge.release import Manifest
 
 _EPILOG: Final = """\
@@ -114,7 +117,6 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     import msgspec
 
-    from edge_agent.planner import worker_bytes
     from fedge.boards import BOARDS, board
     from fedge.errors import UsageError
     from fedge.messages import Training
@@ -125,20 +127,9 @@ def _plan(arguments: argparse.Namespace) -> None:
         training = msgspec.convert({n: v for n, v in wanted.items() if v is not None}, Training)
     except msgspec.ValidationError as error:
         raise UsageError(f"training cannot be done so: {error}") from error
-    tokens = training.batch_rows * training.window_tokens
-    needed, parameters = worker_bytes(manifest, training), _parameters(manifest)
-    rows = []
-    for kind in [board(arguments.board)] if arguments.board else BOARDS.values():
-        free = arguments.memory * 1_000_000 if arguments.memory else kind.free_bytes
-        rows.append(
-            {
-                "board": kind.label,
-                "free_mb": round(free / 1e6),
-                "needed_mb": round(needed / 1e6),
-                "fits": needed <= free,
-                "seconds_per_step": round(kind.step_seconds(parameters, tokens), 1),
-            }
-        )
+    tokens, parameters = training.batch_rows * training.window_tokens, _parameters(manifest)
+    boards = [board(arguments.board)] if arguments.board else list(BOARDS.values())
+    rows = [_row(manifest, training, kind, parameters, arguments.memory) for kind in boards]
     if arguments.json:
         print(json.dumps({"tokens_per_step": tokens, "parameters": parameters, "boards": rows}))
         return
@@ -146,11 +137,59 @@ def _plan(arguments: argparse.Namespace) -> None:
         f"a step of {training.batch_rows} x {training.window_tokens} tokens, {parameters / 1e6:,.0f}M parameters"
     )
     for row in rows:
-        fits = "fits" if row["fits"] else "does not fit"
         print(
-            f"  {row['board']:<18} {row['needed_mb']:>6,} of {row['free_mb']:>6,} MB: {fits:<13}"
-            f" about {row['seconds_per_step']:,} s a step"
+            f"  {row['board']:<18} {row['needed_mb']:>6,} of {row['free_mb']:>6,} MB, {row['how']}: "
+            f"about {row['seconds_per_step']:,} s a step"
+            if row["fits"]
+            else f"  {row['board']:<18} {'':>6} of {row['free_mb']:>6,} MB: does not fit. {row['how']}"
         )
+
+
+def _row(
+    manifest: Manifest, training: Training, kind: Board, parameters: int, memory_mb: int | None
+) -> dict[str, Any]:
+    """What the device's planner makes of a board."""
+    from edge_agent.planner import need, plan
+    from fedge.errors import UnavailableError
+
+    free = memory_mb * 1_000_000 if memory_mb else kind.free_bytes
+    seconds = kind.step_seconds(parameters, training.batch_rows * training.window_tokens)
+    row = {"board": kind.label, "free_mb": round(free / 1e6), "seconds_per_step": round(seconds, 1)}
+    try:
+        chosen = plan(manifest, training, free)
+    except UnavailableError as refusal:
+        return {
+            **row,
+            "fits": False,
+            "needed_mb": None,
+            "how": f"{refusal.what}. {refusal.hint}",
+            "plan": None,
+        }
+    peak = need(manifest, training, chosen).peak
+    fields = {name: getattr(chosen, name) for name in chosen.__struct_fields__}
+    return {
+        **row,
+        "fits": True,
+        "needed_mb": round(peak / 1e6),
+        "how": _how(chosen, manifest),
+        "plan": fields,
+    }
+
+
+def _how(chosen: Plan, manifest: Manifest) -> str:
+    """A plan in words."""
+    words = []
+    if chosen.keep:
+        words.append(f"keeping the products of {chosen.keep} of {manifest.layers} layers")
+    if chosen.head_rows:
+        words.append(f"{chosen.head_rows:,} rows of the output matrix at a time")
+    if chosen.rows:
+        words.append(f"{chosen.rows} rows at a time")
+    if chosen.checkpoints != "plain":
+        words.append(
+            {"half": "checkpoints in half precision", "file": "checkpoints in a file"}[chosen.checkpoints]
+        )
+    return ", ".join(words) or "the plain way"
 
 
 def _parameters(manifest: Manifest) -> int:

@@ -148,11 +148,15 @@ def _dry_run(arguments: argparse.Namespace, lora: LoraConfig) -> int:
         f"{adapter['matrices']} matrices: {', '.join(adapter['modules'])}"
     )
     for board in boards:
-        fits = "fits" if board["fits"] else "does not fit"
-        print(
-            f"  {board['board']:<18} {board['needed_mb']:>6,} of {board['free_mb']:>6,} MB: {fits:<13}"
-            f" about {board['seconds_per_step']:,} s a step"
-        )
+        if board["fits"]:
+            print(
+                f"  {board['board']:<18} {board['needed_mb']:>6,} of {board['free_mb']:>6,} MB, {board['how']}: "
+                f"about {board['seconds_per_step']:,} s a step"
+            )
+        else:
+            print(
+                f"  {board['board']:<18} {'':>6} of {board['free_mb']:>6,} MB: does not fit. {board['how']}"
+            )
     print("nothing was written; the times are derived and right within a factor of two")
     return 0
 

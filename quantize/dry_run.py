@@ -55,9 +55,16 @@ _AUTO: Final = (None, "auto")
 _REFIT: Final = "int8g"
 _PAGE, _LINE = 4096, 64  # as quantize.weights aligns
 _PLAN_SECONDS_MAX: Final = 120
-# Graphs without weights: measured 9 KB a layer in infer.onnx and 32 KB in the others (SmolLM2-135M).
+# Graphs without weights: measured 9 KB a layer in infer.onnx and up to 17 KB in each of the others (SmolLM2-135M).
 _GRAPH_BYTES_LAYER: Final = 9_000
-_GRAPH_BYTES: Final = 32_000
+_GRAPH_BYTES: Final = 10_000
+_GRAPHS: Final = (
+    "block_fwd.onnx",
+    "block_bwd.onnx",
+    "block_fwd_keep.onnx",
+    "block_bwd_keep.onnx",
+    "block_bwd_first.onnx",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +207,8 @@ def draft(outline: Outline, lora: LoraConfig, fmt: WeightFormat) -> Manifest:
     model, config = outline.model, outline.model.config
     path, layers = layers_path_of(model), layers_of(model)
     places, size = _laid_out(model, layers, fmt)
-    graphs = _GRAPH_BYTES + _GRAPH_BYTES_LAYER * len(layers)
-    sizes = {WEIGHTS: size, "graphs.onnx": graphs, TOKENIZER: outline.tokenizer_bytes}
+    graphs = dict.fromkeys(_GRAPHS, _GRAPH_BYTES) | {"infer.onnx": _GRAPH_BYTES_LAYER * len(layers)}
+    sizes = {WEIGHTS: size, TOKENIZER: outline.tokenizer_bytes, **graphs}
     heads = int(getattr(config, "num_attention_heads", 1))
     hidden = model.get_input_embeddings().weight.shape[1]
     return Manifest(

@@ -42,6 +42,17 @@ def test_the_weight_file_is_foretold_to_the_byte(
     assert all(row["fits"] and row["seconds_per_step"] >= 0 for row in found["boards"])
 
 
+def test_boards_are_told_what_the_finished_bundle_would_tell(
+    tiny_model: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = dry(capsys, tiny_model, "--format", "int4d")["boards"]
+    assert main(["bundle", "plan", str(tiny_bundle), "--json"]) == 0
+    assert told == json.loads(capsys.readouterr().out)["boards"]
+    assert main(["bundle", "plan", str(tiny_bundle), "--board", "zero2w", "--memory", "50"]) == 0
+    assert "does not fit" in capsys.readouterr().out
+    assert main(["bundle", "plan", str(tiny_bundle), "--rows", "0"]) == 64
+
+
 def test_weights_are_not_read_and_nothing_is_written(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
