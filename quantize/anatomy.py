@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fedge.errors import UnsupportedError
+from fedge.errors import DataError, UnsupportedError
 
 BATCH: Final = "batch"
 LENGTH: Final = "length"
@@ -145,6 +145,7 @@ class _Seen:
 
 def dissect(model: Any) -> Anatomy:
     """The anatomy of a causal LM in evaluation mode. Raises UnsupportedError naming what was not found or proven."""
+    _check_numbers(model)
     path, layers = _layers(model)
     runs = [_watch(model, path, layers, *_batch(model, *shape)) for shape in _SHAPES]
     _check_causal(model, runs[0].logits)
@@ -280,6 +281,13 @@ def _watch(model: Any, path: str, layers: list[nn.Module], ids: Tensor, mask: Te
     if order != list(range(len(layers))):
         raise _odd("the layers are not called once each, in order", path, order[:8])
     return seen
+
+
+def _check_numbers(model: nn.Module) -> None:
+    """With a weight that is no number nothing can be compared."""
+    for name, value in model.named_parameters():
+        if not torch.isfinite(value).all():
+            raise DataError("the model has weights that are no numbers", field="tensor", value=name)
 
 
 def _check_causal(model: Any, logits: Tensor) -> None:

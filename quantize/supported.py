@@ -53,6 +53,7 @@ def check_config(config: Config) -> str:
             raise _refused(architecture, key, config[key])
     if architecture not in causal_architectures():
         raise unsupported_architecture(architecture)
+    _check_kind(architecture, config.get("model_type"))
     known = _known_keys(config)
     for key, value in sorted(config.items()):
         if key in _ROPE_KEYS:
@@ -81,6 +82,15 @@ def unsupported_architecture(architecture: str) -> UnsupportedError:
     )
 
 
+def _check_kind(architecture: str, kind: object) -> None:
+    """transformers builds what `model_type` says, whatever the architecture is called."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    homes = {home for home, value in NAMES.items() if architecture in _as_tuple(value)}
+    if homes and kind not in homes:
+        raise UnsupportedError(f"{architecture} is of another kind of model", field="model_type", value=kind)
+
+
 def _known_keys(config: Config) -> set[str]:
     """Keys that the model's own configuration class reads or writes; an unknown one may mean anything."""
     from transformers import CONFIG_MAPPING
@@ -90,8 +100,8 @@ def _known_keys(config: Config) -> set[str]:
         raise UnsupportedError("this kind of model is not known here", field="model_type", value=kind)
     made = CONFIG_MAPPING[kind]()
     known = set(made.to_dict()) | set(vars(made)) | set(getattr(made, "attribute_map", {}))
-    if "rope_parameters" in known or "rope_scaling" in known:
-        known |= _EARLIER_KEYS & set(config) if "rope_parameters" in known else set()
+    if "rope_parameters" in known:
+        known |= _EARLIER_KEYS
     return known | {"architectures", "model_type"}
 
 
