@@ -149,7 +149,7 @@ def _written(chat: ChatFormat | None, said: list[Said]) -> str:
 
     if chat is not None:
         return writing.write(chat, said, ask=True).text
-    template, pieces = Template(), []
+    template, pieces = Template(), list[str]()
     for role, text in said:
         if role == "user":
             pieces.append(("\n" if pieces else "") + template.prompt.format(prompt=text))

@@ -144,8 +144,10 @@ class FusedLayers:
         """(norm of x + skip, x + skip)."""
         writer = self._writer
         if skip is None:
-            words = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
-            return writer.add("SimplifiedLayerNormalization", [x, weight], **words), x
+            normed = writer.add(
+                "SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=epsilon, stash_type=1
+            )
+            return normed, x
         normed, total = writer.fresh(), writer.fresh()
         writer.nodes.append(
             onnx.helper.make_node(

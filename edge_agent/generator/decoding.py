@@ -118,7 +118,8 @@ class Decoding:
             self._follow()
         if self._pause is not None:
             self._pause()
-        return logits[0]
+        found: Floats = logits[0]
+        return found
 
     def _bind(self, name: str, values: NDArray[np.generic]) -> None:
         value = self._bound[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values))
