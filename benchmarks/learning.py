@@ -68,11 +68,13 @@ def main() -> None:
     flags.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep finished runs here, and go on from them"
     )
+    flags.add_argument("--devices", type=int, default=16, metavar="N", help="blocs of 8 people (16)")
     args = flags.parse_args()
+    scale = QUICK if args.quick else Scale(devices=args.devices)
     wanted = args.part or PARTS
     seeds = [args.seed + place for place in range(args.runs)]
     with tempfile.TemporaryDirectory(prefix="fedge-learning-") as folder:
-        bench = Bench(args.bundle, QUICK if args.quick else Scale(), Path(folder), args.processes)
+        bench = Bench(args.bundle, scale, Path(folder), args.processes)
         kept, found = Kept(args.keep), list[Row]()
         if "codec" in wanted:
             found += rows(CodecBench(bench).runs(seeds))

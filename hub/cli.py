@@ -142,6 +142,32 @@ def _add_token(words: _Words[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=_token)
 
 
+def _add_rule(start: argparse.ArgumentParser) -> None:
+    """What of the adapter moves, from where, and how far."""
+    start.add_argument(
+        "--rate",
+        type=float,
+        default=None,
+        metavar="N",
+        help="learning rate (0.016 under ffa and core, else 0.008)",
+    )
+    start.add_argument(
+        "--rule",
+        default="ffa",
+        choices=RULES,
+        help="what of the adapter moves and travels: B alone (ffa), A and B (fedit), A and B in turn (alternating), "
+        "a small core between frozen factors (core), sketches of the product (sketch) (%(default)s)",
+    )
+    start.add_argument(
+        "--start-from", type=Path, default=None, metavar="DIR", help="a PEFT adapter to go on from"
+    )
+    start.add_argument(
+        "--normalise-steps",
+        action="store_true",
+        help="let sums of few steps count more, of many less, by at most a factor of 2",
+    )
+
+
 def _add_campaign(words: _Words[argparse.ArgumentParser]) -> None:
     campaign = words.add_parser("campaign", help="start, list or show campaigns")
     inner = campaign.add_subparsers(dest="campaign_command", metavar="WORD", required=True)
@@ -179,28 +205,7 @@ def _add_campaign(words: _Words[argparse.ArgumentParser]) -> None:
         ("--server-rate", float, 1.0, "above 1 the blocs that train side by side move the adapter further"),
     ):
         start.add_argument(flag, type=kind, default=default, metavar="N", help=f"{about} ({default:g})")
-    start.add_argument(
-        "--rate",
-        type=float,
-        default=None,
-        metavar="N",
-        help="learning rate (0.016 under ffa and core, else 0.008)",
-    )
-    start.add_argument(
-        "--rule",
-        default="ffa",
-        choices=RULES,
-        help="what of the adapter moves and travels: B alone (ffa), A and B (fedit), A and B in turn (alternating), "
-        "a small core between frozen factors (core), sketches of the product (sketch) (%(default)s)",
-    )
-    start.add_argument(
-        "--start-from", type=Path, default=None, metavar="DIR", help="a PEFT adapter to go on from"
-    )
-    start.add_argument(
-        "--normalise-steps",
-        action="store_true",
-        help="let sums of few steps count more, of many less, by at most a factor of 2",
-    )
+    _add_rule(start)
     start.set_defaults(run=_campaign_start)
     listing = _word(inner, "list", "list the campaigns")
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
