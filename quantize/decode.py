@@ -85,14 +85,15 @@ def inference_graph(
     return canonical(_externalised(lowered, places))
 
 
-def at_level(model: onnx.ModelProto, level: int) -> onnx.ModelProto:
-    """A copy of the graph with one accuracy level for all its MatMulNBits."""
+def at_level(model: onnx.ModelProto, level: int, *, head: bool = True) -> onnx.ModelProto:
+    """A copy of the graph with one accuracy level for all its MatMulNBits, or for all but the head's."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for node in copy.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = level
+        if node.op_type == "MatMulNBits" and (head or node.input[1] != f"{_HEAD}.q"):
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = level
     return copy
 
 

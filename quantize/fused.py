@@ -221,8 +221,9 @@ class FusedLayers:
         if getattr(module, "b", None) is not None:
             y = writer.add("Add", [y, f"{name}.b"])
         if module.lora is not None:
-            low = writer.add("Gemm", [x, f"{name}.A"], transB=1, alpha=float(lora_scale(module)))
-            y = writer.add("Gemm", [low, f"{name}.B", y], transB=1)
+            # The scale in the second product: the runtime has a fast kernel for one row only without one.
+            low = writer.add("Gemm", [x, f"{name}.A"], transB=1)
+            y = writer.add("Gemm", [low, f"{name}.B", y], transB=1, alpha=float(lora_scale(module)))
         return y
 
     def _head_norm(self, x: str, weight: str) -> str:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ ROUNDED_ERROR_MAX: Final = 0.9  # where activations are rounded to 8 bits; unrel
 EXACT_LOSS_CHANGE_MAX: Final = 1e-3
 DECODE_ERROR_MAX: Final = 1e-5  # mean over labels, relative to the loss, adding in floats; measured 2e-6
 CACHE_ERROR_MAX: Final = 1e-4  # of a logit, relative to the largest
-DECODE_CHANGE_MAX: Final = 0.1  # nats, of the shipped graph with its 8-bit activations; measured 0.01
+DECODE_CHANGE_GOAL: Final = 0.03  # nats, of the shipped graph with 8-bit activations everywhere; measured 0.01
+DECODE_CHANGE_MAX: Final = 0.1  # nats, of the shipped graph, whose head rounds in any case
 
 POSITION_ERROR_MAX: Final = 1e-3  # relative, of the features at the worst position; a lost window is near 1
 AUX_ERROR_MAX: Final = 1e-4  # of what precedes the layers; masks must be equal in what they hide
@@ -219,11 +221,21 @@ class Exam:
         finally:
             exact.unlink()
         logits, _ = decoder.step(text, decoder.start(1))
-        shipped = Decoder(folder / "infer.onnx", adapter)
-        rounded, _ = shipped.step(text, shipped.start(1))
         # The mean of differences: a difference of means lets errors cancel.
         error = float(np.abs(_losses(logits, batch) - trained).mean()) / max(1.0, float(trained.mean()))
-        change = abs(float(_losses(rounded, batch).mean() - trained.mean()))
+
+        def change_of_shipped() -> float:
+            shipped = Decoder(folder / "infer.onnx", adapter)
+            rounded, _ = shipped.step(text, shipped.start(1))
+            return abs(float(_losses(rounded, batch).mean() - trained.mean()))
+
+        change = change_of_shipped()
+        if change > DECODE_CHANGE_GOAL:  # activations that 8 bits do not hold: only the head rounds them then
+            with (folder / "infer.onnx").open("wb") as stream:
+                stream.write(at_level(infer, LEVEL_EXACT, head=False).SerializeToString(deterministic=True))
+                stream.flush()
+                os.fsync(stream.fileno())
+            change = change_of_shipped()
         return {
             "decode_error": _below("decode_error", error, DECODE_ERROR_MAX),
             "cache_error": _below("cache_error", _cache_error(decoder, text, logits), CACHE_ERROR_MAX),

@@ -5,13 +5,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import tiny
 import torch
 
 from fedge.errors import UnsupportedError
 from fedge.lora import LoraConfig
-from quantize.decode import LEVEL_EXACT, at_level, inference_graph
+from fedge.release import MANIFEST, SIGNATURE, open_manifest
+from quantize import gates
+from quantize.bundle import quantize
+from quantize.decode import LEVEL_EXACT, LEVEL_INT8, at_level, inference_graph
 from quantize.decode_start import check_arguments
 from quantize.formats import FORMATS
 from quantize.graph import operators
@@ -98,3 +102,18 @@ def test_what_cannot_be_decoded_is_refused_with_its_reason(
     odd = SimpleNamespace(aux=aux, call=SimpleNamespace(cache=cache), layers_path="model.layers", model=None)
     with pytest.raises(UnsupportedError, match=said):
         check_arguments(odd)  # type: ignore[arg-type]
+
+
+def test_where_eight_bits_do_not_hold_the_activations_only_the_head_rounds_them(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "DECODE_CHANGE_GOAL", -1.0)
+    quantize(str(tiny_model), tmp_path / "out", tiny.PUBLISHER, lora=tiny.LORA, weights_format="int4d")
+    open_manifest((tmp_path / "out" / MANIFEST).read_bytes(), (tmp_path / "out" / SIGNATURE).read_bytes())
+    graph = onnx.load(str(tmp_path / "out" / "infer.onnx"), load_external_data=False).graph
+    levels: dict[bool, set[int]] = {True: set(), False: set()}
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            level = next(attribute.i for attribute in node.attribute if attribute.name == "accuracy_level")
+            levels[node.input[1] == "HEAD.q"].add(level)
+    assert levels == {True: {LEVEL_INT8}, False: {LEVEL_EXACT}}
