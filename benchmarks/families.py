@@ -19,9 +19,9 @@ from report import ROOT, Row, parser, print_report, progress
 
 sys.path.insert(0, str(ROOT / "tests"))  # the families are those of the tests
 
-import families  # noqa: E402
-import numpy as np  # noqa: E402
-import tiny  # noqa: E402
+import families
+import numpy as np
+import tiny
 
 SHAPES = ((1, 5), (3, 40), (2, 64))
 
@@ -89,13 +89,17 @@ def _measure(name: str, folder: Path, seed: int) -> list[Row]:
     case = f"{name} {family.weights_format}"
     torch_says = "torch autograd through transformers"
     rows = [
-        Row.of("gradient_error", case, [max(gradient_errors)], "relative", goal="<= 1e-5", baseline=torch_says),
+        Row.of(
+            "gradient_error", case, [max(gradient_errors)], "relative", goal="<= 1e-5", baseline=torch_says
+        ),
         Row.of("loss_error", case, [max(loss_errors)], "nats", goal="<= 1e-5", baseline=torch_says),
         Row.of("position_error", case, [manifest.gates["position_error"]], "relative", goal="<= 1e-5"),
         Row.of("export_cpu", case, [seconds], "s"),
     ]
     if "decode_error" in manifest.gates:
-        rows.append(Row.of("decode_error", case, [manifest.gates["decode_error"]], "relative", goal="<= 1e-5"))
+        rows.append(
+            Row.of("decode_error", case, [manifest.gates["decode_error"]], "relative", goal="<= 1e-5")
+        )
     return rows
 
 

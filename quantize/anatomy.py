@@ -138,7 +138,9 @@ class _Seen:
 
     arguments: list[dict[str, Any]]
     outputs: list[Tensor]
-    after: list[tuple[str, nn.Module, Tensor, Tensor]]  # modules called outside the layers: name, input, output
+    after: list[
+        tuple[str, nn.Module, Tensor, Tensor]
+    ]  # modules called outside the layers: name, input, output
     logits: Tensor
     tuples: bool = False
 
@@ -263,7 +265,12 @@ def _watch(model: Any, path: str, layers: list[nn.Module], ids: Tensor, mask: Te
 
     def of_other(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if len(order) == len(layers) and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            if (
+                len(order) == len(layers)
+                and args
+                and isinstance(args[0], Tensor)
+                and isinstance(output, Tensor)
+            ):
                 seen.after.append((name, module, args[0], output))
 
         return hook
@@ -411,13 +418,10 @@ def _kinds(model: Any, values: list[dict[str, Tensor]]) -> tuple[str, ...]:
     groups: list[dict[str, Tensor]] = []
     of_layer = []
     for own in values:
-        for number, group in enumerate(groups):
-            if all(torch.equal(group[name], own[name]) for name in own):
-                break
-        else:
-            number = len(groups)
+        same = [n for n, group in enumerate(groups) if all(torch.equal(group[k], own[k]) for k in own)]
+        if not same:
             groups.append(own)
-        of_layer.append(number)
+        of_layer.append(same[0] if same else len(groups) - 1)
     # A short batch does not show a sliding window: layers that the configuration tells apart stay apart.
     pairs = list(zip(_declared_kinds(model, len(values)), of_layer, strict=True))
     if len(set(pairs)) == 1:

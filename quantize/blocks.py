@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import torch
@@ -22,7 +22,7 @@ from quantize.anatomy import Anatomy, layers_of, layers_path_of
 from quantize.formats import BLOCK
 from quantize.placeholder import linear
 
-MatrixModule = nn.Linear | Conv1D
+MatrixModule: TypeAlias = Any  # nn.Linear, or transformers' Conv1D, which has no types
 
 
 class FrozenLinear(nn.Module):
@@ -103,7 +103,8 @@ def adapted_modules(model: nn.Module, lora: LoraConfig) -> dict[str, tuple[int, 
     linears = linears_of(layers_of(model)[0])
     if not lora.targets:
         raise ConfigError("no module gets an adapter", field="lora-targets", value=lora.targets)
-    for target in lora.targets:
+    targets = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
+    for target in targets:
         if not any(_is_target(name, (target,)) for name in linears):
             known = ", ".join(sorted({name.rsplit(".")[-1] for name in linears}))
             raise ConfigError(
@@ -111,7 +112,7 @@ def adapted_modules(model: nn.Module, lora: LoraConfig) -> dict[str, tuple[int, 
             )
     shapes = {}
     for name, module in linears.items():
-        if _is_target(name, lora.targets):
+        if _is_target(name, targets):
             rows, columns = matrix_of(module).shape
             shapes[name] = (rows, columns)
     for name, shape in shapes.items():

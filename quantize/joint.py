@@ -15,10 +15,10 @@ from typing import Any, Final
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 from torch._decomp import core_aten_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -60,10 +60,11 @@ def export_block(anatomy: Anatomy, block: nn.Module) -> onnx.ModelProto:
 def example_aux(anatomy: Anatomy) -> list[Tensor]:
     """Aux tensors of the traced example, with the types that the model gives them."""
     sizes = dict(zip((BATCH, LENGTH), EXAMPLE, strict=True))
-    return [
-        torch.zeros([sizes.get(n, n) for n in shape], dtype=take(anatomy.call.slots[name], anatomy.call.fixed).dtype)  # type: ignore[arg-type, misc]
-        for name, shape in anatomy.call.shapes.items()
-    ]
+    found = []
+    for name, shape in anatomy.call.shapes.items():
+        size = [n if isinstance(n, int) else sizes[n] for n in shape]
+        found.append(torch.zeros(size, dtype=take(anatomy.call.slots[name], anatomy.call.fixed).dtype))
+    return found
 
 
 def aux_shapes(anatomy: Anatomy, batch: Any, length: Any) -> list[dict[int, Any]]:
@@ -145,7 +146,7 @@ def _traced(
             traced = make_fx(function, decomposition_table=core_aten_decompositions())(*stand_ins)
         drop_idle(traced)
         program = torch.export.export(traced, arguments, dynamic_shapes=shapes, strict=False)
-    program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
+    program.run_decompositions = lambda *_: program
     return to_onnx(program, inputs, outputs)
 
 

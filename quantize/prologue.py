@@ -1,6 +1,7 @@
 """What a model does before its first layer, as one graph: the rows of the embedding and the tensors that layers share.
 
-The model's own code is traced, with every layer replaced by a stub that notes how it was called. So a scaled embedding, learned positions, a sliding window's mask or a second rotary table come over
+The model's own code is traced, with every layer replaced by a stub that notes how it was called. So a
+scaled embedding, learned positions, a sliding window's mask or a second rotary table come over
 because the model computes them, not because somebody remembered to.
 """
 
@@ -97,9 +98,11 @@ class Prologue(nn.Module):
 
 def outer_names(anatomy: Anatomy) -> dict[str, str]:
     """Name in the weight file -> name in the model, of every parameter outside layers, norm and head; EMB first."""
-    names = {}
+    names: dict[str, str] = {}
     skipped = {id(value) for layer in anatomy.layers for value in layer.parameters()}
-    skipped |= {id(value) for module in (anatomy.norm, anatomy.head) if module for value in module.parameters()}
+    skipped |= {
+        id(value) for module in (anatomy.norm, anatomy.head) if module for value in module.parameters()
+    }
     skipped.discard(id(anatomy.embedding.weight))
     positions = _position_table(anatomy)
     for name, value in anatomy.model.named_parameters():
@@ -112,10 +115,10 @@ def outer_names(anatomy: Anatomy) -> dict[str, str]:
 
 def _position_table(anatomy: Anatomy) -> Tensor | None:
     longest = getattr(anatomy.model.config, "max_position_embeddings", None)
-    for module in anatomy.model.modules():
-        if isinstance(module, nn.Embedding) and module is not anatomy.embedding:
-            if longest is not None and module.num_embeddings >= longest:
-                return module.weight
+    tables = [module for module in anatomy.model.modules() if isinstance(module, nn.Embedding)]
+    for table in tables:
+        if table is not anatomy.embedding and longest is not None and table.num_embeddings >= longest:
+            return table.weight
     return None
 
 

@@ -24,7 +24,6 @@ from quantize.prologue import Prologue
 from quantize.runner import IGNORE, Array
 from quantize.source import build_model
 
-
 _CUT_LAYERS: Final = 2
 _POSITIONS_ANY: Final = 131_072  # where a configuration sets no limit
 
@@ -134,7 +133,9 @@ def positions_max(config: Any) -> int:
 
 def largest_window(config: Any) -> int:
     """The longest stretch of positions that a layer with a sliding window sees, 0 when there is none."""
-    found = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+    found = (
+        getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")
+    )
     return max((value for value in found if isinstance(value, int)), default=0)
 
 

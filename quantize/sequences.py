@@ -1,4 +1,4 @@
-"""Splits without sequences: torch's exporter writes a split as a sequence of tensors, which no device graph may hold."""
+"""Splits without sequences: the exporter writes a split as a sequence of tensors, which no device graph may hold."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ Config = Mapping[str, object]
 _NO_MEANING_HERE: Final = {
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "transformers.js_config", "unsloth_version",
     "unsloth_fixed", "is_llama_config", "tokenizer_class", "auto_map", "quantization_config", "use_cache",
-    "_attn_implementation_autoset", "_sliding_window_pattern", "max_window_layers", "rope_interleaved", "pretraining_tp",
+    "_attn_implementation_autoset", "_sliding_window_pattern", "max_window_layers", "rope_interleaved",
+    "pretraining_tp",
 }  # fmt: skip
 
 # The only values handled for keys of which transformers reads no other, or reads them in other code than we trace.
@@ -77,8 +78,8 @@ def unsupported_architecture(architecture: str) -> UnsupportedError:
         "this model architecture is not supported",
         field="architecture",
         value=architecture,
-        hint="Supported are causal LMs of transformers whose graphs pass the gates, LlamaForCausalLM, Gemma2ForCausalLM, "
-        "GPT2LMHeadModel and others in docs/models.md",
+        hint="Supported are causal LMs of transformers whose graphs pass the gates, LlamaForCausalLM, "
+        "Gemma2ForCausalLM, GPT2LMHeadModel and others in docs/models.md",
     )
 
 
@@ -109,7 +110,10 @@ def _check_rope(architecture: str, key: str, value: object) -> None:
     for kind in _rope_types(value):
         if kind in _ROPE_BY_LENGTH:
             raise UnsupportedError(
-                f"this value is not handled for {architecture}", field=key, value=value, hint=_HINTS["rope_type"]
+                f"this value is not handled for {architecture}",
+                field=key,
+                value=value,
+                hint=_HINTS["rope_type"],
             )
 
 
@@ -126,7 +130,9 @@ def _refused(architecture: str, key: str, value: object) -> UnsupportedError:
     hint = _HINTS.get(key) or (
         f"Handled: {allowed}" if allowed else "This version of transformers does not know it; a newer one may"
     )
-    return UnsupportedError(f"this value is not handled for {architecture}", field=key, value=value, hint=hint)
+    return UnsupportedError(
+        f"this value is not handled for {architecture}", field=key, value=value, hint=hint
+    )
 
 
 def _as_tuple(value: object) -> tuple[str, ...]:

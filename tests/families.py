@@ -21,7 +21,12 @@ LLAMA3_ROPE: Final = {
     "original_max_position_embeddings": 64,
 }
 SEVEN: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_SQUARE: Final[dict[str, Any]] = {"num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 0}
+_SQUARE: Final[dict[str, Any]] = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,8 @@ FAMILIES: Final[dict[str, Family]] = {
     "qwen2": Family(_llama_like("Qwen2Config"), ("q_proj", "v_proj"), "int4d"),
     "qwen3": Family(_llama_like("Qwen3Config", head_dim=32), ("q_proj", "v_proj")),
     "phi3": Family(
-        _llama_like("Phi3Config", tie_word_embeddings=False), ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+        _llama_like("Phi3Config", tie_word_embeddings=False),
+        ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     ),
     "gpt2": Family(
         _other(

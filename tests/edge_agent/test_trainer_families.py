@@ -28,9 +28,7 @@ def test_a_device_trains_every_family_as_torch_does(name: str, family_folder: Ca
     b = trainer.layout.split(vector)
     rows = [draw.integers(2, 300, width).tolist() for width in (40, 33)]
     batch = Reference.of(rows, bundle.manifest.pad_id)
-    loss, expected = torch_gradients(
-        twin, bundle.manifest.lora, {**trainer.layout.frozen(SEED), **b}, batch
-    )
+    loss, expected = torch_gradients(twin, bundle.manifest.lora, {**trainer.layout.frozen(SEED), **b}, batch)
 
     result = trainer.loss_and_gradients(Batch(batch.ids, batch.mask, batch.labels), b)
 

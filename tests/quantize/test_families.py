@@ -58,9 +58,7 @@ def test_a_family_passes_its_gates(family: tuple[str, Path]) -> None:
         assert manifest.gates[gate] <= 1e-5, gate
     assert manifest.gates["loss_error"] <= 1e-5
     assert manifest.gates["aux_error"] <= 1e-5
-    assert {path.rpartition(".")[2] for path in manifest.lora_shapes} == set(
-        families.FAMILIES[name].targets
-    )
+    assert {path.rpartition(".")[2] for path in manifest.lora_shapes} == set(families.FAMILIES[name].targets)
 
 
 def test_gradients_are_those_of_torch_beyond_the_window_too(family: tuple[str, Path]) -> None:
@@ -143,7 +141,10 @@ def test_layers_that_compute_different_things_are_refused(tmp_path: Path) -> Non
     config.initializer_range, config.eos_token_id = 0.15, 0
     with pytest.raises(UnsupportedError, match=r"h\.1 computes something else than transformer\.h\.0"):
         quantize(
-            str(tiny.write_model(tmp_path / "model", config)), tmp_path / "out", tiny.PUBLISHER, lora=tiny.LORA
+            str(tiny.write_model(tmp_path / "model", config)),
+            tmp_path / "out",
+            tiny.PUBLISHER,
+            lora=tiny.LORA,
         )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
