@@ -1,6 +1,5 @@
 """Every format from end to end: quantised, exported, through the gates, and read back by the device's own reader."""
 
-from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -8,24 +7,15 @@ import pytest
 import tiny
 
 from edge_agent.bundle import open_bundle
-from edge_agent.trainer.step import Streamer
 from quantize.bundle import quantize
 from quantize.choice import Choice
 from quantize.formats import FORMATS
 
 
-def yield_from(steps: Generator[None, None, np.ndarray]) -> np.ndarray:
-    """What a generator of the trainer returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            found: np.ndarray = done.value
-            return found
-
-
 @pytest.mark.parametrize("name", ["int4gz", "int8d", "int8c", "nf4"])  # int4d and int8g are everywhere else
-def test_a_format_passes_the_gates_and_trains(name: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_format_passes_the_gates_and_is_read_by_a_device(
+    name: str, tiny_model: Path, tmp_path: Path
+) -> None:
     taken: list[Choice] = []
     manifest = quantize(
         str(tiny_model),
@@ -44,9 +34,7 @@ def test_a_format_passes_the_gates_and_trains(name: str, tiny_model: Path, tmp_p
     }
     assert dtypes == {part.suffix: part.dtype for part in fmt.parts}
     bundle = open_bundle(tmp_path / "bundle")
-    adapter = {n: np.full(shape, 0.01, np.float32) for n, shape in bundle.layout.a_shapes.items()}
-    adapter |= {n: np.full(shape, 0.01, np.float32) for n, shape in bundle.layout.b_shapes.items()}
-    ids = np.arange(1, 25).reshape(2, 12)
-    found = yield_from(Streamer(bundle, threads=1).losses(ids, np.ones_like(ids), ids, adapter))
-    assert found.shape == (24,)
-    assert np.isfinite(found).all()
+    for suffix in fmt.suffixes:  # the device maps each part as it was written
+        tensor = bundle.tensor(f"L1/mlp.down_proj.w.{suffix}")
+        assert tensor.shape == fmt.part(suffix).shape(64, 128)
+        assert np.isfinite(tensor.astype(np.float32)).all()
