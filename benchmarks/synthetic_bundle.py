@@ -64,7 +64,8 @@ def write_bundle(shape: str, out: Path, lora: LoraConfig, format_name: str) -> P
 
     sizes = SHAPES[shape]
     small = {**sizes, "num_hidden_layers": 2, "vocab_size": _PATTERN_VOCABULARY}
-    config = LlamaConfig(**small, max_position_embeddings=8_192, tie_word_embeddings=True)
+    config = LlamaConfig(**small, max_position_embeddings=8_192, tie_word_embeddings=True, use_cache=False)
+    config._attn_implementation = "eager"
     anatomy = dissect(LlamaForCausalLM(config).eval())
     graphs = training_graphs(anatomy, lora, FORMATS[format_name], lambda *_: None)
     modules = adapted_modules(anatomy.model, lora)

@@ -59,14 +59,11 @@ class Warm:
         return dataset
 
     def _trainer_of(self, bundle: Bundle, job: BundleJob) -> Trainer:
+        from edge_agent.probe import check_probe
         from edge_agent.trainer import Trainer
 
-        key = (
-            bundle.stamp,
-            job.threads,
-            job.plan,
-            job.scratch,
-        )  # the stamp has every file's inode and times: the same files
+        # The stamp has every file's inode and times: the same files.
+        key = bundle.stamp, job.threads, job.plan, job.scratch
         if self._trainer is not None and self._trainer[0] == key:
             trainer = self._trainer[1]
             trainer.freeze_a(job.training.a_seed)
@@ -77,6 +74,8 @@ class Warm:
         trainer = Trainer(bundle, job.threads, a_seed=seed, plan=job.plan, folder=scratch)
         if isinstance(job, Train | Gauge):
             trainer.reserve(job.training.batch_rows, job.training.window_tokens)
+        if job.verified != bundle.stamp:  # the first use since the agent began
+            check_probe(trainer)
         self._trainer = key, trainer
         return trainer
 

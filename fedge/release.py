@@ -63,6 +63,22 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
+class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a bundle gives for `probe_tokens`: mean loss, and norm of the gradient by every B, where B is zero and A is
+    that of a seed of zeros. `tolerance` is relative.
+    """
+
+    tokens: int
+    loss: float
+    gradient_norm: float
+    tolerance: float
+
+
+def probe_tokens(count: int, vocabulary: int) -> list[int]:
+    """The fixed input: ids from all over the vocabulary, the same everywhere."""
+    return [(i * 7_919 + 11) % vocabulary for i in range(count)]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a device must know about a bundle before it opens any other file of it."""
 
@@ -99,6 +115,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     classes: tuple[str, ...] = ()  # label names of a classifier, by index
     dense: dict[str, tuple[int, ...]] = {}  # trained in full beside the adapter; starts at tensor "dense/NAME"
     chat: ChatFormat | None = None  # how a conversation is written; None: the model has no chat template
+    probe: Probe | None = None  # a fixed input and what it must give; None: not checked
     layer_path: str = LAYER_PATH  # of the list of layers, from the model's root: PEFT's names are made of it
 
     @property

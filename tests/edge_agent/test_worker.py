@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import tiny
 
 from edge_agent.bundle import open_bundle
 from edge_agent.dataset import batches, load_dataset, load_encoder
@@ -32,6 +33,7 @@ from edge_agent.trainer import Trainer, train_round
 from edge_agent.worker import COMMANDS
 from fedge.io import durable
 from fedge.messages import Training
+from fedge.release import MANIFEST, SIGNATURE, Manifest, encode_manifest, sign_manifest
 
 TRAINING = Training(batch_rows=2, window_tokens=60, a_seed=bytes(range(16)))
 Answers = Progress | Trained | Evaluated | Gauged | Sealed | Failed
@@ -230,6 +232,31 @@ def test_what_cannot_be_gauged_is_answered_by_name(
     last = ask(gauge_of(job, **fields))[-1]
     assert isinstance(last, Failed)
     assert (last.error, last.field) == (error, field)
+
+
+# ---------------------------------------------------------------- the bundle's own probe (F09)
+@pytest.mark.parametrize(("figure", "factor"), [("loss", 1.01), ("gradient_norm", 0.98)])
+def test_a_bundle_that_computes_something_else_here_is_not_used(
+    job: Train, tmp_path: Path, figure: str, factor: float
+) -> None:
+    """F09: it loads and runs, but what it gives is not what its maker's runtime gave."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for path in Path(job.bundle).iterdir():
+        (folder / path.name).hardlink_to(path)
+    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+    assert manifest.probe is not None
+    wrong = msgspec.structs.replace(manifest.probe, **{figure: factor * getattr(manifest.probe, figure)})
+    data = encode_manifest(msgspec.structs.replace(manifest, probe=wrong))
+    for name, content in ((MANIFEST, data), (SIGNATURE, sign_manifest(data, tiny.PUBLISHER))):
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+    for asked in (change(job, bundle=str(folder)), gauge_of(job, bundle=str(folder))):
+        last = ask(asked)[-1]
+        assert isinstance(last, Failed)
+        assert (last.error, last.field) == ("UnsupportedError", figure)
+        assert "ONNX Runtime here is" in last.hint
+    assert not Path(job.delta).exists()
 
 
 # ---------------------------------------------------------------- the process
