@@ -1,6 +1,9 @@
 """`fedge quantize` as a user types it: a Mistral, a key of one's own, every refusal one line and an exit code."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +44,7 @@ def test_a_mistral_becomes_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
-        (["--format", "int3"], 67, "int4d, int8g"),
+        (["--format", "int3"], 67, "auto, int4d"),
         (["--lora-targets", "query"], 78, "q_proj"),
         (["--lora-rank", "65"], 78, "lora-rank=65"),
         (["--key", "/nowhere.pem"], 66, "nowhere"),
@@ -83,3 +86,30 @@ def test_a_key_that_cannot_sign_is_refused(tmp_path: Path) -> None:
     path.write_bytes(generate_private_key(SECP256R1()).private_bytes(*PEM))
     with pytest.raises(ConfigError, match="another kind"):
         read_key(path)
+
+
+def test_two_processes_make_the_same_bundle_of_the_same_model(tiny_model: Path, tmp_path: Path) -> None:
+    """Byte for byte, whatever the seed of hashes, the folder, the clock and the number of threads are."""
+    key = tmp_path / "key.pem"
+    key.write_bytes(tiny.PUBLISHER.private_bytes(*PEM))
+    running = []
+    for number in ("1", "2"):
+        home = tmp_path / number
+        home.mkdir()
+        words = [sys.executable, "-m", "fedge", "quantize", str(tiny_model), "--out", "b", "--key", str(key)]
+        varied = {"PYTHONHASHSEED": number, "OMP_NUM_THREADS": number, "TZ": f"UTC{number}"}
+        path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        running.append(
+            subprocess.Popen(
+                [*words, "--quiet", "--json"],
+                cwd=home,
+                env={**os.environ, **varied, **path},
+                stdout=subprocess.PIPE,
+            )
+        )
+    told = [json.loads(process.communicate()[0]) for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert told[0]["manifest_sha256"] == told[1]["manifest_sha256"]
+    assert told[0]["format_reason"].startswith("the source is not on a grid")
+    for file in (tmp_path / "1" / "b").iterdir():
+        assert file.read_bytes() == (tmp_path / "2" / "b" / file.name).read_bytes(), file.name
