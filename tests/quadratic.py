@@ -31,6 +31,9 @@ class Quadratic:
     def freeze_a(self, seed: bytes) -> None:
         object.__setattr__(self, "_a", self.layout.frozen(seed))
 
+    def labelled(self, batch: Any) -> Any:
+        return batch
+
     def loss_and_gradients(self, batch: Any, adapter: Mapping[str, np.ndarray], depth: int = 0) -> StepResult:
         adapter = {**self._a, **adapter}  # type: ignore[attr-defined]
         loss, found = 0.0, {}
