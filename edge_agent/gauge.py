@@ -35,10 +35,10 @@ def step_seconds(trainer: Trainer, training: Training, vocabulary: int) -> float
 
 
 def synthetic_batch(training: Training, vocabulary: int) -> Batch:
-    """`batch_rows` x `window_tokens` ids below `vocabulary`, the same everywhere."""
+    """`batch_rows` x `window_tokens` ids below `vocabulary`, the same everywhere; every row is of the first class."""
     shape = training.batch_rows, training.window_tokens
     ids = (np.arange(shape[0] * shape[1]) * _STRIDE % vocabulary).astype(np.int32).reshape(shape)
-    return make_batch([Row(row, 0, "") for row in ids], pad_id=0)
+    return make_batch([Row(row, 0, "", label=0) for row in ids], pad_id=0)
 
 
 def _timed(batch: Batch, took: list[float]) -> Iterator[Batch]:

@@ -168,6 +168,7 @@ class Evaluated(Answer, frozen=True):
     counts: Counts
     verified: VerifiedStamp
     memory: Memory
+    right: list[bool] = []  # of a classifier: whether its first choice for the row is the row's class
 
 
 class Gauged(Answer, frozen=True):

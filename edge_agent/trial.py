@@ -44,7 +44,7 @@ def on_terminal(what: str, done: int, of: int) -> None:
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """What `fedge agent train-once` found. Losses are nats per token on held-out rows."""
+    """What `fedge agent train-once` found. Losses are nats per label on held-out rows: a token's, or a classified row's."""
 
     model: str
     loss_before: float
@@ -59,15 +59,21 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     left_out_rows: int  # of the training file: too long for the window, or empty
     threads: int
     adapter: str = ""  # the file that was written
+    accuracy_before: float | None = None  # of a classifier: share of held-out rows whose class is its first choice
+    accuracy_after: float | None = None
 
 
 def text(trial: Trial) -> str:
     """The same for people."""
     left_out = f", {trial.left_out_rows} left out (too long or empty)" if trial.left_out_rows else ""
     kept = f"\nadapter: {trial.adapter}" if trial.adapter else ""
+    accuracy, unit, tokens = "", "token", f" ({trial.held_out_tokens} tokens)"
+    if trial.accuracy_before is not None and trial.accuracy_after is not None:
+        accuracy = f", accuracy {trial.accuracy_before:.1%} -> {trial.accuracy_after:.1%}"
+        unit, tokens = "row", ""
     return (
-        f"{trial.model}: held-out loss {trial.loss_before:.3f} -> {trial.loss_after:.3f} nats per token\n"
-        f"over {trial.held_out_rows} rows ({trial.held_out_tokens} tokens) after {trial.steps} steps on "
+        f"{trial.model}: held-out loss {trial.loss_before:.3f} -> {trial.loss_after:.3f} nats per {unit}{accuracy}\n"
+        f"over {trial.held_out_rows} rows{tokens} after {trial.steps} steps on "
         f"{trial.training_rows} rows{left_out}\n"
         f"{trial.seconds_per_step:.2f} s a step on {trial.threads} threads, peak memory {trial.peak_rss_mb:g} MB{kept}"
     )
@@ -134,7 +140,13 @@ def train_once(
         left_out_rows=trained.counts.too_long + trained.counts.empty,
         threads=bench.threads,
         adapter=str(adapter_out or ""),
+        accuracy_before=_accuracy(before),
+        accuracy_after=_accuracy(after),
     )
+
+
+def _accuracy(found: jobs.Evaluated) -> float | None:
+    return sum(found.right) / len(found.right) if found.right else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,9 +133,17 @@ def evaluate(job: Evaluate, emit: Emit) -> Evaluated:
     adapter = campaign_rule(trainer, job.training, state).held(state)
     total = len(dataset.rows)
     nll, labels, done = [0.0] * total, [0] * total, 0
+    classifies = bundle.manifest.task == "classify"
+    right = [False] * total if classifies else []
     size = job.training.batch_rows
     for chosen, batch in evaluation_batches(dataset.rows, size=size, pad_id=bundle.manifest.pad_id):
-        sums, counts = trainer.row_losses(batch, adapter)
+        if classifies:
+            answer = trainer.answers(batch, adapter)
+            sums, counts = answer.nll.astype(float), answer.rows
+            for i, hit in zip(chosen, answer.right.tolist(), strict=True):
+                right[i] = hit
+        else:
+            sums, counts = trainer.row_losses(batch, adapter)
         for i, loss, count in zip(chosen, sums.tolist(), counts.tolist(), strict=True):
             nll[i], labels[i] = loss, count
         done += len(chosen)
@@ -152,6 +160,7 @@ def evaluate(job: Evaluate, emit: Emit) -> Evaluated:
         labels=sum(labels),
         nll=nll,
         row_labels=labels,
+        right=right,
         counts=dataset.counts,
         verified=bundle.stamp,
         memory=memory_used(),

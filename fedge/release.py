@@ -33,7 +33,7 @@ _DOMAIN: Final = b"fedge bundle manifest v1\x00"
 OPERATORS_ALLOWED: Final = frozenset(
     str.split(
         """
-        Abs Add And BitShift BitwiseAnd Cast Clip Concat Constant ConstantOfShape Conv Cos CumSum DequantizeLinear Div
+        Abs Add And ArgMax BitShift BitwiseAnd Cast Clip Concat Constant ConstantOfShape Conv Cos CumSum DequantizeLinear Div
         Equal Erf Exp Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN
         LayerNormalization Less LessOrEqual Log MatMul MatMulInteger Max Min Mul Neg Not Or Pow QuantizeLinear Range
         Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape ScatterElements ScatterND Shape Sigmoid Sign Sin Slice

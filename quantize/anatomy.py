@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedge.errors import DataError, UnsupportedError
+from quantize.tail import Tail, TailNames, tail_names
 
 BATCH: Final = "batch"
 LENGTH: Final = "length"
@@ -97,7 +98,7 @@ class Anatomy:
     embedding: nn.Embedding
     norm: nn.Module
     norm_path: str
-    head: nn.Linear | None  # None: an encoder
+    head: nn.Linear | None  # None: a classifier
     head_tied: bool
     logit_cap: float
     pattern: int
@@ -106,6 +107,7 @@ class Anatomy:
     kinds: tuple[str, ...]
     shared: frozenset[str]
     readers: Mapping[str, tuple[int, Mapping[str, Slot]]]
+    tail: TailNames = TailNames()  # what a classifier reads after its last layer
 
     @property
     def aux(self) -> tuple[str, ...]:
@@ -146,20 +148,18 @@ class _Seen:
 
 
 def dissect(model: Any) -> Anatomy:
-    """The anatomy of a causal LM in evaluation mode. Raises UnsupportedError naming what was not found or proven."""
+    """The anatomy of a causal LM or a classifier in evaluation mode. Raises UnsupportedError naming what was not found or
+    proven.
+    """
     _check_numbers(model)
     path, layers = _layers(model)
     runs = [_watch(model, path, layers, *_batch(model, *shape)) for shape in _SHAPES]
-    _check_causal(model, runs[0].logits)
     hidden = _hidden_argument(path, layers, runs[0])
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise _odd("the input embedding is no table", "embedding", type(embedding).__name__)
-    if not isinstance(head, nn.Linear):
-        raise _odd("the output layer is no matrix product", "head", type(head).__name__)
-    if head.bias is not None:
-        raise _odd("an output layer with a bias is not handled", "head", "bias")
-    norm_path, norm = _between(model, runs[0], head)
+    outside = _outside(model, layers, runs[0])
+    head = outside.head
     reads = [_reads(path, index, layer, hidden, run) for index, (layer, run) in _each(layers, runs[0])]
     pattern = max(range(len(layers)), key=lambda index: (len(reads[index]), -index))
     call = _call(layers[pattern], hidden, reads[pattern], [run.arguments[pattern] for run in runs])
@@ -183,17 +183,18 @@ def dissect(model: Any) -> Anatomy:
         layers=tuple(layers),
         layers_path=path,
         embedding=embedding,
-        norm=norm,
-        norm_path=norm_path,
+        norm=outside.norm,
+        norm_path=outside.norm_path,
         head=head,
-        head_tied=head.weight is embedding.weight,
-        logit_cap=_logit_cap(model, runs[0], norm_path, head),
+        head_tied=head is None or head.weight is embedding.weight,
+        logit_cap=outside.logit_cap,
         pattern=pattern,
         call=call,
         tuples=runs[0].tuples,
         kinds=kinds,
         shared=frozenset(name for name in call.slots if _is_shared(name, kinds, values)),
         readers={kind: (index, reads[index]) for kind, index in first.items()},
+        tail=outside.tail,
     )
 
 
@@ -305,6 +306,35 @@ def _check_causal(model: Any, logits: Tensor) -> None:
         changed = model(input_ids=ids, attention_mask=mask).logits
     if not _close(changed[0, :-1], logits[0, :-1]):
         raise _odd("a token changes what comes before it: no causal LM", "architecture", type(model).__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outside:
+    """What follows the layers: norm and head of a causal LM, or the tail of a classifier."""
+
+    norm: nn.Module
+    norm_path: str = ""
+    head: nn.Linear | None = None
+    logit_cap: float = 0.0
+    tail: TailNames = TailNames()
+
+
+def _outside(model: Any, layers: list[nn.Module], seen: _Seen) -> _Outside:
+    head = model.get_output_embeddings()
+    if head is None:
+        ids, mask = _batch(model, *_SHAPES[0])
+        try:
+            found = tail_names(Tail(model, layers, tuples=seen.tuples), seen.outputs[-1], ids, mask)
+        except Exception as error:  # whatever the model's own code may raise under a tracer
+            raise untraceable("what comes after the layers", model, error) from error
+        return _Outside(nn.Identity(), tail=found)
+    _check_causal(model, seen.logits)
+    if not isinstance(head, nn.Linear):
+        raise _odd("the output layer is no matrix product", "head", type(head).__name__)
+    if head.bias is not None:
+        raise _odd("an output layer with a bias is not handled", "head", "bias")
+    norm_path, norm = _between(model, seen, head)
+    return _Outside(norm, norm_path, head, _logit_cap(model, seen, norm_path, head))
 
 
 @contextmanager

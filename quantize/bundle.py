@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import onnx
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedge.errors import UnsupportedError, UsageError
 from fedge.io import durable
-from fedge.lora import LoraConfig
+from fedge.lora import DENSE, LoraConfig
 from fedge.release import (
     FORMAT,
     MANIFEST,
@@ -37,14 +38,18 @@ from quantize import gates
 from quantize.blocks import adapted_modules, check_layers, graph_config
 from quantize.chat import chat_format
 from quantize.choice import Choice, choose, is_exact
+from quantize.classifier_gates import ClassifierExam, longest_text
+from quantize.classify import classifier_graphs
 from quantize.decode import inference_graph
+from quantize.encoders import with_targets
 from quantize.fit import FITTED, fit
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import operators
+from quantize.probe import make_probe
 from quantize.reference import positions_max
 from quantize.source import Source, file_digest, load
 from quantize.training import head_dim, training_graphs
-from quantize.weights import Progress, quantise, write_weights
+from quantize.weights import Progress, map_weights, quantise, write_weights
 
 # 1.22.1 has no GatherBlockQuantized over uint8; 1.23.2, 1.24.1 and 1.32.0 give the same digits.
 RUNTIME_MIN: Final = "1.23.2"
@@ -63,11 +68,12 @@ def quantize(
     head_rows: int = HEAD_ROWS,
     progress: Progress | None = None,
     chosen: Callable[[Choice], None] | None = None,
+    classes: Sequence[str] = (),
 ) -> Manifest:
     """Write the bundle of the model `source` to the folder `out`, signed by `key`, and return its manifest.
 
     `progress(phase, fraction)` is told how far each phase is, `chosen` which format was taken and why; `memory_bytes`
-    is that of the smallest board. Raises UsageError when `out` exists, the refusals of
+    is that of the smallest board; `classes` are names for what a classifier tells apart. Raises UsageError when `out` exists, the refusals of
     `source.load`, GateError when the graphs do not compute what torch computes, StorageError. Nothing is left behind.
     """
     tell = progress or _silent
@@ -76,13 +82,16 @@ def quantize(
             "the bundle folder exists already", field="out", value=str(out), hint="Choose another one"
         )
     tell("read", 0.0)
-    loaded = load(source)
+    loaded = load(source, classes)
     check_layers(loaded.model)
     _ = loaded.anatomy  # refuses what cannot be taken apart before anything is written
     choice = choose(loaded, weights_format, memory_bytes=memory_bytes)
     fmt = choice.format
     if chosen is not None:
         chosen(choice)
+    if loaded.classes:
+        lora = with_targets(loaded.model, lora)
+        lora = msgspec.structs.replace(lora, modules_to_save=loaded.anatomy.tail.modules)
     shapes = adapted_modules(loaded.model, graph_config(loaded.model, lora))
     tell("read", 1.0)
     with torch.random.fork_rng(), _staging(out) as folder:
@@ -111,17 +120,22 @@ class _Build:
         self._source, self._lora, self._format, self._head_rows = source, lora, fmt, head_rows
         self._folder = folder
         lora = graph_config(source.model, lora)  # of here on: what the graphs are made for
-        exam = gates.Exam.of(source, exact=is_exact(source, fmt.name), fmt=fmt, lora=lora)
-        fitted = fit(source, fmt, tell) if fmt.name in FITTED and not exam.exact else None
+        make = ClassifierExam if source.classes else gates.Exam
+        exam = make.of(source, exact=is_exact(source, fmt.name), fmt=fmt, lora=lora)
+        fits = fmt.name in FITTED and not exam.exact and not source.classes  # a fit needs text that the model writes
+        fitted = fit(source, fmt, tell) if fits else None
         tensors = quantise(source, fmt, tell, fitted)
         self._places: Mapping[str, TensorPlace] = write_weights(folder / WEIGHTS, tensors)
         del tensors
-        graphs = training_graphs(source.anatomy, lora, fmt, tell)
-        try:
-            infer = graphs["infer.onnx"] = inference_graph(source.anatomy, lora, fmt, self._places)
-        except UnsupportedError as refusal:  # it trains all the same; manifest.files says that it cannot write
-            infer = None
-            tell(refusal.what, 1.0)
+        infer = None
+        if source.classes:
+            graphs = classifier_graphs(source.anatomy, lora, fmt, tell)
+        else:
+            graphs = training_graphs(source.anatomy, lora, fmt, tell)
+            try:
+                infer = graphs["infer.onnx"] = inference_graph(source.anatomy, lora, fmt, self._places)
+            except UnsupportedError as refusal:  # it trains all the same; manifest.files says that it cannot write
+                tell(refusal.what, 1.0)
         tell("export", 1.0)
         self._operators: set[str] = set()
         for file, graph in graphs.items():
@@ -137,7 +151,7 @@ class _Build:
     def manifest(self, shapes: dict[str, tuple[int, int]], name: str, publisher: str) -> Manifest:
         source, anatomy = self._source, self._source.anatomy
         config = source.model.config
-        return Manifest(
+        made = Manifest(
             format=FORMAT,
             model=name,
             architecture=source.architecture,
@@ -151,7 +165,7 @@ class _Build:
             heads=config.num_attention_heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=head_dim(source.model),
-            positions_max=positions_max(config),
+            positions_max=longest_text(source) if source.classes else positions_max(config),
             head_tied=anatomy.head_tied,
             layer_path=anatomy.layers_path,
             layer_kinds=anatomy.kinds,
@@ -161,7 +175,7 @@ class _Build:
             lora=self._lora,
             lora_shapes=shapes,
             aux=anatomy.aux_outputs,
-            head_rows=self._head_rows,
+            head_rows=0 if source.classes else self._head_rows,
             operators=tuple(sorted(self._operators)),
             runtime_min=RUNTIME_MIN,
             tensors=dict(self._places),
@@ -172,7 +186,15 @@ class _Build:
             gates=self._gates,
             chat=chat_format(source.chat_template, source.template_tokens, source.tokenizer, source.eos_id),
             publisher=publisher,
+            task="classify" if source.classes else "generate",
+            classes=source.classes,
+            dense={name: self._places[DENSE + name].shape for name in anatomy.tail.trained},
         )
+        if source.classes:
+            return made
+        tensors = map_weights(self._folder / WEIGHTS, self._places)
+        probe = make_probe(self._folder, tensors, anatomy, made.layout, self._format, self._head_rows)
+        return msgspec.structs.replace(made, probe=probe)
 
 
 @contextmanager

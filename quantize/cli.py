@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ examples:
   fedge quantize smollm2-135m --out bundle
   fedge quantize ./my-llama --out bundle --lora-rank 16 --lora-targets all-linear --rslora
   fedge quantize owner/name --out bundle --format int8g --key publisher.pem
+  fedge quantize ./minilm --out bundle --classes-from intents.txt     a classifier of a bare encoder
 
 Weights are read as safetensors or GGUF; code that comes with a model is never run.
 """
@@ -51,6 +53,10 @@ _GATES: Final = {
     "kl": "KL(source || quantised), nats a token",
     "decode_error": "decoding against training, nats a token",
     "decode_change": "what 8-bit activations in the head cost, nats a token",
+    "logits_error": "logits against torch, relative",
+    "logits_change": "logits of the source against the quantised weights, relative",
+    "aux_error": "masks and positions against torch",
+    "position_error": "hidden states at the worst position against torch, relative",
     "cache_error": "decoding with a cache against without, nats a token",
 }
 
@@ -83,6 +89,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="MB",
         help="of the smallest board that shall train it, for --format auto",
     )
+    names = parser.add_mutually_exclusive_group()
+    names.add_argument(
+        "--classes", metavar="A,B,C", help="what a classifier shall tell apart; a bare encoder gets a fresh head for it"
+    )
+    names.add_argument("--classes-from", type=Path, metavar="FILE", help="the same from a file, one name a line")
     add_lora_flags(parser)
     parser.add_argument(
         "--dry-run",
@@ -98,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Quantise, and print what was made; or print what would be."""
     if arguments.memory is not None and arguments.memory < 1:
         raise UsageError("memory must be positive", field="memory", value=arguments.memory)
-    lora = lora_of(arguments)
+    lora, classes = lora_of(arguments), classes_of(arguments.classes, arguments.classes_from)
     if arguments.dry_run:
         return _dry_run(arguments, lora)
     if arguments.out is None:
@@ -125,6 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
             memory_bytes=arguments.memory and arguments.memory * 1_000_000,
             progress=tell,
             chosen=taken.append,
+            classes=classes,
         )
     summary = _summary(manifest, arguments.out, taken[0])
     print(json.dumps(summary) if arguments.json else _text(summary))
@@ -159,6 +171,19 @@ def _dry_run(arguments: argparse.Namespace, lora: LoraConfig) -> int:
             )
     print("nothing was written; the times are derived and right within a factor of two")
     return 0
+
+
+def classes_of(names: str | None, file: Path | None) -> tuple[str, ...]:
+    """Names of classes from `A,B,C`, or from the lines of a file that are not empty. Raises NoInputError."""
+    if file is None:
+        return tuple(name.strip() for name in names.split(",")) if names else ()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise NoInputError(
+            "the names of the classes cannot be read", field="classes-from", value=str(file), hint=str(error)
+        ) from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def read_key(path: Path) -> Ed25519PrivateKey:
@@ -218,11 +243,25 @@ def _summary(manifest: Manifest, out: Path, choice: Choice) -> dict[str, Any]:
         "format_reason": choice.reason,
         "exact": choice.exact,
         "bytes": sum(entry.size for entry in manifest.files.values()),
+        "task": manifest.task,
         "adapter_numbers": manifest.layout.numbers,
+        **_head_of(manifest),
         "generates": "infer.onnx" in manifest.files,
         "publisher": manifest.publisher,
         "runtime_min": manifest.runtime_min,
         "gates": manifest.gates,
+    }
+
+
+def _head_of(manifest: Manifest) -> dict[str, Any]:
+    """What a classifier's head adds to the adapter: it can be larger than all the rest of it."""
+    if not manifest.dense:
+        return {}
+    numbers = sum(math.prod(shape) for shape in manifest.dense.values())
+    return {
+        "classes": len(manifest.classes),
+        "head_numbers": numbers,
+        "head_share": f"{numbers / manifest.layout.numbers:.0%} of the adapter, {4 * numbers:,} bytes as float32",
     }
 
 

@@ -65,7 +65,7 @@ _FEATURES_POSITIONS_MAX: Final = 640  # of a whole model; a longer window is loo
 _MASK_POSITIONS_MAX: Final = 8_192  # a mask of so many squared is 268 MB
 _BATCH_TOKENS: Final = 48
 _CACHED_STEPS: Final = 8
-_TEXTS: Final = (
+TEXTS: Final = (
     "Friend: Hi! How was your weekend?\nMe: It was great, I went hiking with my sister. We saw a fox near the lake.",
     "The small device woke up at 7:05, read 31 messages, learnt a little from each, and went back to sleep.",
     "def area(width, height):\n    return width * height\n\nprint(area(3, 14))",
@@ -103,15 +103,13 @@ class Exam:
     def of(cls, source: Source, *, exact: bool, fmt: WeightFormat, lora: LoraConfig) -> Exam:
         tokenizer = Tokenizer.from_str(source.tokenizer.decode())
         width = min(_BATCH_TOKENS, positions_max(source.model.config))
-        rows = [tokenizer.encode(text, add_special_tokens=False).ids[:width] for text in _TEXTS]
+        rows = [tokenizer.encode(text, add_special_tokens=False).ids[:width] for text in TEXTS]
         batch = Batch.of([row for row in rows if len(row) > 2], source.pad_id)
         return cls(source, lora, fmt, exact, batch, log_probabilities(source.model, batch))
 
     def run(self, draft: Draft, tell: Progress) -> dict[str, float]:
         """Figures of all gates. Raises GateError, naming gate, figure and bound."""
-        foreign = sorted(draft.operators - OPERATORS_ALLOWED)
-        if foreign:
-            raise GateError("the graphs use operators that devices refuse", field="operators", value=foreign)
+        check_operators(draft.operators)
         figures = {"cut_gradient_error": self._cut(draft.folder)}
         tell("gates", 0.2)
         figures |= self._quantisation()
@@ -131,7 +129,7 @@ class Exam:
         if draft.infer is not None:
             figures |= self._decoding(draft.folder, draft.infer, runner)
         tell("gates", 1.0)
-        return {name: _rounded(value) for name, value in figures.items()}
+        return {name: rounded(value) for name, value in figures.items()}
 
     def _cut(self, folder: Path) -> float:
         anatomy = self.source.anatomy
@@ -159,7 +157,7 @@ class Exam:
             batch = Batch.of(rows, pad=0)
             loss, expected = torch_gradients(model, self.lora, adapter, batch)
             errors.append(compare(runner, adapter, batch, loss, expected)[1])
-        return _below("cut_gradient_error", max(errors), self._rounds(CUT_GRADIENT_ERROR_MAX))
+        return below("cut_gradient_error", max(errors), self._rounds(CUT_GRADIENT_ERROR_MAX))
 
     def _quantisation(self) -> dict[str, float]:
         log_q = log_probabilities(self.source.model, self.batch)
@@ -171,9 +169,9 @@ class Exam:
         ]
         p, q = self.source_log_p[chosen], log_q[chosen]
         divergence = abs((p.exp() * (p - q)).sum(-1).mean().item())  # rounding may make it a little negative
-        _below("kl", divergence, EXACT_LOSS_CHANGE_MAX if self.exact else self.fmt.refit_kl_max)
+        below("kl", divergence, EXACT_LOSS_CHANGE_MAX if self.exact else self.fmt.refit_kl_max)
         if self.exact:
-            _below("loss_change", abs(losses[1] - losses[0]), EXACT_LOSS_CHANGE_MAX)
+            below("loss_change", abs(losses[1] - losses[0]), EXACT_LOSS_CHANGE_MAX)
         return {"source_loss": losses[0], "quantised_loss": losses[1], "kl": divergence}
 
     def _whole(self, runner: Runner) -> dict[str, float]:
@@ -182,10 +180,10 @@ class Exam:
         loss_error, gradient_error = compare(runner, adapter, self.batch, loss, expected)
         aux_error, position_error = self._positions(runner)
         return {
-            "loss_error": _below("loss_error", loss_error, max(LOSS_ERROR_MAX, self.fmt.loss_error_max)),
-            "gradient_error": _below("gradient_error", gradient_error, self._rounds(GRADIENT_ERROR_MAX)),
-            "aux_error": _below("aux_error", aux_error, AUX_ERROR_MAX),
-            "position_error": _below("position_error", position_error, self._rounds(POSITION_ERROR_MAX)),
+            "loss_error": below("loss_error", loss_error, max(LOSS_ERROR_MAX, self.fmt.loss_error_max)),
+            "gradient_error": below("gradient_error", gradient_error, self._rounds(GRADIENT_ERROR_MAX)),
+            "aux_error": below("aux_error", aux_error, AUX_ERROR_MAX),
+            "position_error": below("position_error", position_error, self._rounds(POSITION_ERROR_MAX)),
         }
 
     def _rounds(self, bound: float) -> float:
@@ -199,7 +197,7 @@ class Exam:
         wanted = max(_POSITIONS, largest_window(self.source.model.config) + _BEYOND)
         text = np.resize(self.batch.ids[self.batch.mask > 0], min(wanted, longest, _MASK_POSITIONS_MAX))
         batch = Batch.of([text.tolist(), text[: len(text) // 2].tolist()], pad)
-        aux_error = _aux_error(runner.prologue(batch.ids, batch.mask), outer_inputs(anatomy, batch))
+        aux_error = worst_aux(runner.prologue(batch.ids, batch.mask), outer_inputs(anatomy, batch))
         short = Batch.of([text[:_FEATURES_POSITIONS_MAX].tolist(), text[: len(text) // 2].tolist()], pad)
         short = short if len(text) > _FEATURES_POSITIONS_MAX else batch
         adapter = random_adapter(self.source.model, self.lora, np.random.default_rng(1), scale=0.0)
@@ -237,9 +235,9 @@ class Exam:
                 os.fsync(stream.fileno())
             change = change_of_shipped()
         return {
-            "decode_error": _below("decode_error", error, DECODE_ERROR_MAX),
-            "cache_error": _below("cache_error", _cache_error(decoder, text, logits), CACHE_ERROR_MAX),
-            "decode_change": _below("decode_change", change, DECODE_CHANGE_MAX),
+            "decode_error": below("decode_error", error, DECODE_ERROR_MAX),
+            "cache_error": below("cache_error", _cache_error(decoder, text, logits), CACHE_ERROR_MAX),
+            "decode_change": below("decode_change", change, DECODE_CHANGE_MAX),
         }
 
 
@@ -259,7 +257,14 @@ def compare(
     return abs(found_loss - loss), max(errors)
 
 
-def _aux_error(found: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
+def check_operators(found: frozenset[str]) -> None:
+    """Raise GateError unless a device allows all of them."""
+    foreign = sorted(found - OPERATORS_ALLOWED)
+    if foreign:
+        raise GateError("the graphs use operators that devices refuse", field="operators", value=foreign)
+
+
+def worst_aux(found: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
     """Largest difference of any tensor; of a mask, only what it hides counts."""
     worst = 0.0
     for name, value in expected.items():
@@ -290,7 +295,8 @@ def _losses(logits: Array, batch: Batch) -> Array:
     return losses
 
 
-def _below(gate: str, value: float, bound: float) -> float:
+def below(gate: str, value: float, bound: float) -> float:
+    """The value. Raises GateError when it is above its bound, or no number."""
     if not value <= bound:  # also catches NaN
         raise GateError(
             "a gate failed: the bundle would not compute what the model computes",
@@ -301,6 +307,6 @@ def _below(gate: str, value: float, bound: float) -> float:
     return value
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Enough digits to judge by, few enough that the manifest does not depend on the last bit of a sum."""
     return float(f"{value:.4f}") if value >= 0.01 else float(f"{value:.1g}")

@@ -29,6 +29,7 @@ from quantize.placeholder import translations
 from quantize.sequences import cut_sequences
 
 OPSET: Final = 18  # the lowest that torch's exporter writes; older runtimes read it too
+_LENGTH_MAX: Final = 1 << 20
 EXAMPLE: Final = (2, 13)  # batch and length of the traced example; any other works at run time
 
 
@@ -52,7 +53,7 @@ def export_block(anatomy: Anatomy, block: nn.Module) -> onnx.ModelProto:
     names = ("x", "gy", *anatomy.aux, *adapter, *frozen)
     outputs = ("y", "gx", *(f"g:{name}" for name in adapter))
     try:
-        return _traced(joint, tensors, (*shapes, *[None] * (len(tensors) - split)), names, outputs)
+        return traced_graph(joint, tensors, (*shapes, *[None] * (len(tensors) - split)), names, outputs)
     except Exception as error:  # whatever a layer's own code may raise under a tracer
         raise untraceable(f"{anatomy.layers_path}.{anatomy.pattern}", block, error) from error
 
@@ -89,7 +90,7 @@ def export_norm(norm: nn.Module, hidden: int) -> onnx.ModelProto:
     b, s = dimensions()
     shapes = ({0: b, 1: s}, {0: b, 1: s}, *[None] * len(weights))
     names = ("h", "gf", *(f"norm.{name}" for name in weights))
-    return _traced(joint, (h, torch.randn_like(h), *weights.values()), shapes, names, ("f", "gh"))
+    return traced_graph(joint, (h, torch.randn_like(h), *weights.values()), shapes, names, ("f", "gh"))
 
 
 def to_onnx(program: Any, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
@@ -127,24 +128,26 @@ def _rename(graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str
     del graph.value_info[:]
 
 
-def _traced(
+def traced_graph(
     function: Callable[..., Any],
     arguments: tuple[Tensor, ...],
     shapes: tuple[Any, ...],
     inputs: Sequence[str],
     outputs: Sequence[str],
+    *,
+    pure: bool = False,
 ) -> onnx.ModelProto:
-    """Trace to torch's core operators, with all sizes fixed but batch and length.
+    """The graph of a function of tensors; `shapes` says which sizes may change, as torch's exporter wants it.
 
-    torch's exporter would trace once more to decompose, at twice the cost of all the rest; nothing is left to
-    decompose, so it is told so.
+    Sizes are fixed but for batch and length, and the trace is of torch's core operators. torch's exporter would trace
+    once more to decompose, at twice the cost of all the rest; nothing is left to decompose, so it is told so.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with tracing():
         stand_ins = [_stand_in(mode, *pair) for pair in zip(arguments, shapes, strict=True)]
         with mode, enable_python_dispatcher():
             traced = make_fx(function, decomposition_table=core_aten_decompositions())(*stand_ins)
-        drop_idle(traced)
+        drop_idle(traced, pure=pure)
         program = torch.export.export(traced, arguments, dynamic_shapes=shapes, strict=False)
     program.run_decompositions = lambda *_: program
     return to_onnx(program, inputs, outputs)
@@ -158,9 +161,15 @@ def _stand_in(mode: FakeTensorMode, tensor: Tensor, symbols: Mapping[int, Any] |
     return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
 
 
-def dimensions() -> tuple[Any, Any]:
-    """Batch and length as torch's exporter knows them."""
-    return Dim("batch", min=1, max=4096), Dim("length", min=3, max=1 << 20)
+def dimensions(longest: int = _LENGTH_MAX) -> tuple[Any, Any]:
+    """Batch and length as torch's exporter knows them; `longest` where the model's code holds tables of a length."""
+    return Dim("batch", min=1, max=4096), Dim("length", min=3, max=longest)
+
+
+def outer_dimensions(anatomy: Anatomy) -> tuple[Any, Any]:
+    """The same for what surrounds the layers: encoders cut positions out of a buffer, whose length the exporter minds."""
+    longest = getattr(anatomy.model.config, "max_position_embeddings", None) if anatomy.head is None else None
+    return dimensions(longest) if longest else dimensions()
 
 
 def tracing() -> Any:

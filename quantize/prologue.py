@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from quantize.anatomy import Anatomy, Slot, arguments_of, take, unrotated, untraceable
-from quantize.joint import EXAMPLE, dimensions, to_onnx, tracing
+from quantize.joint import EXAMPLE, outer_dimensions, to_onnx, tracing
 from quantize.placeholder import DOMAIN, EMBEDDING
 
 TABLE: Final = "EMB"  # the embedding, quantised
@@ -88,7 +88,8 @@ class Prologue(nn.Module):
                 found.append(take(slots[name], calls[index]))
             else:
                 found += [self._own(name, calls[index], slots) for index, slots in readers]
-        return tuple(found)
+        # An argument that is the attention mask itself must be a value of its own to be an output.
+        return tuple(value.clone() if value is words.get("attention_mask") else value for value in found)
 
     def _own(self, name: str, given: Mapping[str, Any], slots: Mapping[str, Slot]) -> Tensor:
         if name in slots:
@@ -104,6 +105,7 @@ def outer_names(anatomy: Anatomy) -> dict[str, str]:
         id(value) for module in (anatomy.norm, anatomy.head) if module for value in module.parameters()
     }
     skipped.discard(id(anatomy.embedding.weight))
+    skipped |= {id(value) for name, value in anatomy.model.named_parameters() if name in anatomy.tail.all}
     positions = _position_table(anatomy)
     for name, value in anatomy.model.named_parameters():
         if value is anatomy.embedding.weight:
@@ -131,7 +133,7 @@ def export_prologue(anatomy: Anatomy) -> onnx.ModelProto:
         torch.randn(_ROWS, anatomy.hidden) if name == TABLE else own[full].detach()
         for name, full in program.outer.items()
     )
-    b, s = dimensions()
+    b, s = outer_dimensions(anatomy)
     rows = [{0: Dim("rows", min=2)} if name == TABLE else None for name in program.outer]
     try:
         with torch.no_grad(), tracing():

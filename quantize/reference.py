@@ -59,14 +59,20 @@ def layers_of_every_kind(anatomy: Anatomy) -> list[int]:
 
 def cut(config: Any, layers: Sequence[int], vocabulary: int) -> Any:
     """The same architecture with these layers alone, a small vocabulary and random weights."""
+    small = cut_config(config, layers, vocabulary)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_model(small)
+
+
+def cut_config(config: Any, layers: Sequence[int], vocabulary: int) -> Any:
+    """The configuration of that."""
     small = copy.deepcopy(config)
     for name, value in vars(config).items():  # what the configuration says layer by layer
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
             setattr(small, name, [value[index] for index in layers])
     small.num_hidden_layers, small.vocab_size, small.pad_token_id = len(layers), vocabulary, None
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return build_model(small)
+    return small
 
 
 def random_adapter(
@@ -90,7 +96,7 @@ def torch_gradients(
     """Loss and adapter gradients by torch autograd through transformers' own modules."""
     leaves = {name: torch.from_numpy(value).clone().requires_grad_() for name, value in adapter.items()}
     model.requires_grad_(False)
-    with _adapted(model, lora, leaves):
+    with adapted(model, lora, leaves):
         logits = model(
             input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)
         ).logits
@@ -149,7 +155,9 @@ def log_probabilities(model: Any, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _adapted(model: Any, lora: LoraConfig, leaves: Mapping[str, Tensor]) -> Iterator[None]:
+def adapted(model: Any, lora: LoraConfig, leaves: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within, every adapted matrix adds the product of its A and B."""
+
     def hook(prefix: str, scale: float) -> Any:
         a, b = leaves[f"{prefix}.A"], leaves[f"{prefix}.B"]
         return lambda module, inputs, output: output + scale * (inputs[0] @ a.t() @ b.t())

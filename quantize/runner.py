@@ -43,8 +43,9 @@ class Runner:
         *,
         kinds: Sequence[str] = (),
         cap: float = 0.0,
+        graphs: Sequence[str] = _GRAPHS,
     ) -> None:
-        self._sessions = {name: session(folder / f"{name}.onnx") for name in _GRAPHS}
+        self._sessions = {name: session(folder / f"{name}.onnx") for name in graphs}
         self._tensors, self._layers, self._head_rows = tensors, layers, head_rows
         self._kinds, self._cap = kinds, cap
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any, Final
 
 import torch
 
-from fedge.errors import DataError, NoInputError, UnavailableError, UnsupportedError
+from fedge.errors import DataError, NoInputError, UnavailableError, UnsupportedError, UsageError
 from fedge.io.model_source import ModelSource, resolve_model
 from quantize import tokenizer as tokenizers
 from quantize.anatomy import Anatomy, dissect
-from quantize.formats import Parts
-from quantize.supported import check_config
 from quantize.chat_template import template_in, tokens_in
+from quantize.encoders import open_classifier
+from quantize.formats import Parts
+from quantize.supported import check_config, kind_of
 
 _HUB_FILES: Final = [
     "config.json",
@@ -39,7 +40,7 @@ _README_LICENCE: Final = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
 
 @dataclass(frozen=True)  # without slots: a property is cached
 class Source:
-    """A causal LM in float32 with eager attention, ready to be taken apart.
+    """A causal LM or a classifier in float32 with eager attention, ready to be taken apart.
 
     `exact` holds matrices that already lie on a grid of ours: parameter name -> (format name, parts).
     """
@@ -55,6 +56,7 @@ class Source:
     exact: dict[str, tuple[str, Parts]] = field(default_factory=dict)
     chat_template: str = ""
     template_tokens: dict[str, str] = field(default_factory=dict)  # special tokens that the template names
+    classes: tuple[str, ...] = ()  # of a classifier, by index; () = a causal LM
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -62,8 +64,8 @@ class Source:
         return dissect(self.model)
 
 
-def load(text: str) -> Source:
-    """The model that `text` names (registered name, .gguf file, folder, hub id).
+def load(text: str, classes: Sequence[str] = ()) -> Source:
+    """The model that `text` names (registered name, .gguf file, folder, hub id); `classes` are names for its outputs.
 
     Raises NoInputError, DataError, UnsupportedError, or UnavailableError when the hub cannot be reached.
     """
@@ -72,9 +74,11 @@ def load(text: str) -> Source:
         from quantize.gguf_source import load_gguf
 
         assert place.path is not None
+        if classes:
+            raise _no_classes(place.path.name)
         return load_gguf(place.path, licence=place.licence)
     folder = place.path if place.path is not None else _from_hub(place)
-    return _load_folder(folder, name=place.hub_id or folder.resolve().name, licence=place.licence)
+    return _load_folder(folder, name=place.hub_id or folder.resolve().name, licence=place.licence, classes=classes)
 
 
 def file_digest(path: Path) -> str:
@@ -109,7 +113,7 @@ def check_counts(model: Any, eos: int) -> None:
         raise DataError("the end-of-text token has no row", field="eos_token_id", value=eos)
 
 
-def _load_folder(folder: Path, *, name: str, licence: str) -> Source:
+def _load_folder(folder: Path, *, name: str, licence: str, classes: Sequence[str] = ()) -> Source:
     config = _read_json(folder / "config.json")
     architecture = check_config(config)
     weights = sorted(folder.glob("*.safetensors"))
@@ -122,8 +126,16 @@ def _load_folder(folder: Path, *, name: str, licence: str) -> Source:
         )
     vocabulary = _tokenizer_of(folder)
     tokenizers.check_ids(vocabulary, int(config["vocab_size"]))
-    eos, pad = _end_and_pad(config, folder)
-    model = _read_weights(folder)
+    if kind_of(architecture) == "generate":
+        if classes:
+            raise _no_classes(architecture)
+        eos, pad = _end_and_pad(config, folder)
+        model = _read_weights(folder)
+    else:
+        pad = _pad_of(config)
+        eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else pad
+        opened = open_classifier(folder, architecture, classes)
+        model, classes = opened.model, opened.classes
     check_counts(model, eos)
     words = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     files = [folder / "config.json", folder / "tokenizer.json", *weights]
@@ -138,6 +150,23 @@ def _load_folder(folder: Path, *, name: str, licence: str) -> Source:
         pad_id=pad,
         chat_template=template_in(folder, words),
         template_tokens=tokens_in(words),
+        classes=tuple(classes),
+    )
+
+
+def _pad_of(config: dict[str, Any]) -> int:
+    pad = config.get("pad_token_id", 0)
+    if not isinstance(pad, int) or pad < 0:
+        raise DataError("the model names no padding token", field="pad_token_id", value=pad)
+    return pad
+
+
+def _no_classes(what: str) -> UsageError:
+    return UsageError(
+        "a causal LM tells no classes apart",
+        field="classes",
+        value=what,
+        hint="Give an encoder, or a checkpoint for sequence classification",
     )
 
 

@@ -10,11 +10,17 @@ know; and values whose graphs would be right only for the lengths at hand.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from fedge.errors import UnsupportedError
 
 Config = Mapping[str, object]
+Kind = Literal["generate", "classify", "encode"]
+_MAPPINGS: Final[dict[Kind, tuple[str, ...]]] = {
+    "generate": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
+    "classify": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",),
+    "encode": ("MODEL_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+}
 
 # Notes of training and of other tools; none of them changes what the model computes.
 _NO_MEANING_HERE: Final = {
@@ -52,7 +58,7 @@ def check_config(config: Config) -> str:
     for key, allowed in _VALUES.items():
         if key in config and config[key] not in allowed:
             raise _refused(architecture, key, config[key])
-    if architecture not in causal_architectures():
+    if kind_of(architecture) is None:
         raise unsupported_architecture(architecture)
     _check_kind(architecture, config.get("model_type"))
     known = _known_keys(config)
@@ -64,22 +70,26 @@ def check_config(config: Config) -> str:
     return architecture
 
 
-def causal_architectures() -> frozenset[str]:
-    """Every causal LM that the installed transformers has code for."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def kind_of(architecture: str) -> Kind | None:
+    """What the installed transformers has it for: a causal LM, a classifier, or an encoder that needs a head."""
+    from transformers.models.auto import modeling_auto as auto
 
-    names: Mapping[str, Any] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return frozenset(name for value in names.values() for name in _as_tuple(value))
+    for kind, mappings in _MAPPINGS.items():
+        for mapping in mappings:
+            names: Mapping[str, Any] = getattr(auto, mapping)
+            if any(architecture in _as_tuple(value) for value in names.values()):
+                return kind
+    return None
 
 
 def unsupported_architecture(architecture: str) -> UnsupportedError:
-    """The refusal of a model family that transformers has no causal LM for."""
+    """The refusal of a model family that transformers has neither a causal LM nor an encoder for."""
     return UnsupportedError(
         "this model architecture is not supported",
         field="architecture",
         value=architecture,
-        hint="Supported are causal LMs of transformers whose graphs pass the gates, LlamaForCausalLM, "
-        "Gemma2ForCausalLM, GPT2LMHeadModel and others in docs/models.md",
+        hint="Supported are causal LMs and encoders of transformers whose graphs pass the gates, LlamaForCausalLM, "
+        "GPT2LMHeadModel, BertForSequenceClassification and others in docs/models.md",
     )
 
 

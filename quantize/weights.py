@@ -1,8 +1,8 @@
 """The weight file: one flat file of named tensors that training and decoding both map into memory.
 
 Names are `L{i}/{module}.w.q|.s|.m` and so on for the parts of a frozen matrix, `L{i}/{module}.b` for its bias,
-`L{i}/{norm}.weight`, `EMB.q|.s`, `HEAD.q|.s` where the output matrix is not the embedding, `norm.weight`, and `POS`
-or the model's own name for what else is read before the first layer. A tensor of 4 KB or more starts on a page, a
+`L{i}/{norm}.weight`, `EMB.q|.s`, `HEAD.q|.s` where the output matrix is not the embedding, `norm.weight`, `POS` or
+the model's own name for what else is read, and `dense/NAME` for where a classifier's head starts. A tensor of 4 KB or more starts on a page, a
 smaller one on a cache line, so that a device maps the file and feeds slices of it without a copy.
 """
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from fedge.errors import DataError
+from fedge.lora import DENSE
 from fedge.release import TensorPlace
 from quantize.blocks import linears_of, matrix_of
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, Parts, WeightFormat, converted, decode, encode
@@ -61,6 +62,8 @@ def quantise(
         tensors[f"norm.{name}"] = _floats(parameter, name)
     for place, full in outer.items():
         tensors[place] = _floats(named[full], full)
+    tensors |= {name: _floats(named[name], name) for name in anatomy.tail.frozen}
+    tensors |= {DENSE + name: _floats(named[name], name) for name in anatomy.tail.trained}
     tell("quantise", 1.0)
     return tensors
 

@@ -85,6 +85,31 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 @pytest.fixture(scope="session")
+def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """(name in `encoders.ENCODERS`) -> a folder with that classifier's `model` and its `bundle`. Read-only."""
+    import encoders
+
+    from fedge.lora import LoraConfig
+    from quantize.bundle import quantize
+
+    def of(name: str) -> Path:
+        def make(out: Path) -> None:
+            out.mkdir()
+            quantize(
+                str(encoders.write_model(out / "model", name)),
+                out / "bundle",
+                tiny.PUBLISHER,
+                lora=LoraConfig(r=4, alpha=8.0),
+                weights_format="int8g",
+                classes=encoders.CLASSES if name == "bare" else (),
+            )
+
+        return _once(tmp_path_factory, f"classifier-{name}", make)
+
+    return of
+
+
+@pytest.fixture(scope="session")
 def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of the real SmolLM2-135M-Instruct; for tests marked `real`. Read-only."""
     from quantize.bundle import quantize

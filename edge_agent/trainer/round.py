@@ -127,7 +127,7 @@ def train_round(
     )
     if resume is not None:
         run.resume(resume)
-    for group in _groups(batches, run.recipe.accumulate):
+    for group in _groups(map(trainer.labelled, batches), run.recipe.accumulate):
         if run.step(group, after_step) and keep is not None:
             keep(run.state())
     return run.outcome(b_vector)

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
 from edge_agent.planner import Plan
-from edge_agent.trainer.batch import BatchArrays, label_count
+from edge_agent.trainer.batch import BatchArrays, Piece, label_count
+from edge_agent.trainer.classify import TASK as CLASSIFY
+from edge_agent.trainer.classify import Answer, Classifier
 from edge_agent.trainer.checkpoints import Checkpoints, Filed, Half, Plain
 from edge_agent.trainer.head import Head, HeadResult
 from edge_agent.trainer.sessions import Floats, Graph, Tensor
@@ -65,9 +67,15 @@ class Streamer:
         self._layers = [[name for name in names if _layer_of(name) == f"L{i}"] for i in range(self._depth)]
         self._spans = [bundle.span(layer) for layer in self._layers]
         self._table = bundle.span(name for name in names if name.startswith("EMB."))
-        self._head = Head(bundle, self._graph("rows"), self._graph("ce"))
+        self._classifier: Classifier | None = None
+        self._head: Head | None = None
+        if manifest.task == CLASSIFY:
+            self._classifier = Classifier(bundle, self._graph("classify"))
+        else:
+            self._head = Head(bundle, self._graph("rows"), self._graph("ce"))
         self._filed = Filed(folder, self._depth) if plan.checkpoints == "file" else None
-        for name in ("prologue", "block_fwd", "block_bwd", "norm_fwd", "norm_bwd"):
+        norms = ("norm_fwd", "norm_bwd") if self._head is not None else ()
+        for name in ("prologue", "block_fwd", "block_bwd", *norms):
             if name != "block_bwd" or plan.keep < self._depth:
                 self._graph(name)
         if plan.keep:
@@ -102,9 +110,20 @@ class Streamer:
         """The loss in nats of every label, in reading order; empty when there is none."""
         if not (labels >= 0).any():
             return np.zeros(0, np.float32)
+        if self._classifier is not None:
+            answer = yield from self.answers(Piece(ids, mask, labels), adapter)
+            return answer.nll
         h, _, _ = yield from self.features(ids, mask, adapter)
         result, _ = yield from self._loss(h, labels)
         return result.nll
+
+    def answers(self, batch: BatchArrays, adapter: Mapping[str, Floats]) -> Generator[None, None, Answer]:
+        """What a classifier makes of the rows with a label, of which there is one at least."""
+        assert self._classifier is not None, "this bundle is no classifier"
+        h, _, _ = yield from self.features(batch.ids, batch.mask, adapter)
+        answer = self._classifier.run(h, batch, adapter, self._outside())
+        yield
+        return answer
 
     def step(
         self, batch: BatchArrays, adapter: Mapping[str, Floats], lowest: int = 0, of_labels: int = 0
@@ -114,19 +133,14 @@ class Streamer:
         The mean is over the batch's own labels, or over `of_labels`, of which this is a part. Raises DataError
         without a label.
         """
-        count, labels = label_count(batch), batch.labels
+        count = label_count(batch)
         if count == 0:
             raise DataError("batch has no label", field="labels", value=0, hint="Leave such batches out")
         trained = range(lowest, self._depth)
         h, aux, forward = yield from self.features(batch.ids, batch.mask, adapter, trained)
-        result, gradient = yield from self._loss(h, labels)
-        loss_sum = float(result.nll.sum(dtype=np.float64))
-        if not np.isfinite(loss_sum):
+        loss_sum, g, gradients = yield from self._end(h, batch, adapter, np.float32(of_labels or count))
+        if g is None:
             return StepResult(loss_sum, count, {})
-        gradient /= np.float32(of_labels or count)
-        g = self._graph("norm_bwd").run({"h": h, "gf": gradient, **self._outside()})["gh"]
-        yield
-        gradients: dict[str, Floats] = {}
         for i in reversed(trained):
             kept = forward.kept.pop(i, {})
             graph = self._backward(i, lowest, keeps=bool(kept))
@@ -137,6 +151,29 @@ class Streamer:
             self._bundle.let_go(self._spans[i])
             yield
         return StepResult(loss_sum, count, gradients)
+
+    def _end(
+        self, h: Floats, batch: BatchArrays, adapter: Mapping[str, Floats], count: np.float32
+    ) -> Generator[None, None, tuple[float, Floats | None, dict[str, Floats]]]:
+        """Sum of the losses, and the gradients of sum / `count` by the last block's output and by what is dense.
+
+        There are none when the sum is not finite.
+        """
+        if self._classifier is not None:
+            answer = self._classifier.run(h, batch, adapter, self._outside())
+            yield
+            loss_sum = float(answer.nll.sum(dtype=np.float64))
+            if not np.isfinite(loss_sum):
+                return loss_sum, None, {}
+            return loss_sum, answer.gradient / count, {n: g / count for n, g in answer.gradients.items()}
+        result, gradient = yield from self._loss(h, batch.labels)
+        loss_sum = float(result.nll.sum(dtype=np.float64))
+        if not np.isfinite(loss_sum):
+            return loss_sum, None, {}
+        gradient /= count
+        g = self._graph("norm_bwd").run({"h": h, "gf": gradient, **self._outside()})["gh"]
+        yield
+        return loss_sum, g, {}
 
     def reserve(self, rows: int, tokens: int, adapter: Mapping[str, Floats]) -> None:
         """One block, one slice of the head and back, on the largest batch there will be.
@@ -153,18 +190,27 @@ class Streamer:
         keep = "_keep" if self._plan.keep else ""
         out = self._graph(f"block_fwd{keep}").run({"x": x, **block})
         h = out.pop("y")
-        flat = self._graph("norm_fwd").run({"h": h, **outer})["f"].reshape(ids.size, -1)
-        next(islice(self._head.run(flat, ids.reshape(-1), self._plan.head_rows), 1, None))
-        g = self._graph("norm_bwd").run({"h": h, "gf": flat.reshape(h.shape), **outer})["gh"]
-        del flat, h
+        g = self._reserved_end(h, ids, adapter)
+        del h
         if self._plan.keep < self._depth:
             self._graph("block_bwd").run({"x": x, "gy": g, **block})
         else:
             self._graph("block_bwd_keep").run({"x": x, "gy": g, **out, **block})
         self._bundle.let_go(self._spans[0])
 
+    def _reserved_end(self, h: Floats, ids: Ints, adapter: Mapping[str, Floats]) -> Floats:
+        outer = self._outside()
+        if self._classifier is not None:
+            batch = Piece(ids, np.ones_like(ids), np.zeros((len(ids), 1), np.int64))
+            return self._classifier.run(h, batch, adapter, outer).gradient
+        assert self._head is not None, "a bundle has one head or the other"
+        flat = self._graph("norm_fwd").run({"h": h, **outer})["f"].reshape(ids.size, -1)
+        next(islice(self._head.run(flat, ids.reshape(-1), self._plan.head_rows), 1, None))
+        return self._graph("norm_bwd").run({"h": h, "gf": flat.reshape(h.shape), **outer})["gh"]
+
     def _loss(self, h: Floats, labels: Ints) -> Generator[None, None, tuple[HeadResult, Floats]]:
         """Losses at the labels, and the gradient of their sum by the final features [B, S, D]."""
+        assert self._head is not None, "this bundle is a classifier"
         f = self._graph("norm_fwd").run({"h": h, **self._outside()})["f"]
         yield
         at, shape = np.flatnonzero(labels.reshape(-1) >= 0), f.shape

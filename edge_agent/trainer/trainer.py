@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from edge_agent.planner import Plan
 from edge_agent.trainer.batch import BatchArrays, label_count, pieces
+from edge_agent.trainer.classify import Answer, label_limit, labelled
 from edge_agent.trainer.evaluate import by_row
 from edge_agent.trainer.sessions import check_runtime
 from edge_agent.trainer.step import StepResult, Streamer
@@ -64,6 +65,7 @@ class Trainer:
         self, batch: BatchArrays, adapter: Mapping[str, Floats], depth: int = 0
     ) -> Generator[None, None, StepResult]:
         """`loss_and_gradients` in pieces, for a driver of its own."""
+        batch = self.labelled(batch)
         total, fed = label_count(batch), self._fed(adapter)
         if total == 0:
             raise DataError("batch has no label", field="labels", value=0, hint="Leave such batches out")
@@ -92,9 +94,22 @@ class Trainer:
         self, batch: BatchArrays, adapter: Mapping[str, Floats]
     ) -> tuple[NDArray[np.float64], Ints]:
         """For each of the B rows: the sum of its losses in nats, and how many labels it has. Raises DataError."""
+        batch = self.labelled(batch)
         self._check(batch)
         nll = self._drain(self._streamer.losses(batch.ids, batch.mask, batch.labels, self._fed(adapter)))
         return by_row(nll, batch.labels)
+
+    def answers(self, batch: BatchArrays, adapter: Mapping[str, Floats]) -> Answer:
+        """Losses and logits of a classifier's rows, all of which have a label. Raises DataError."""
+        batch = self.labelled(batch)
+        self._check(batch)
+        if not (batch.labels >= 0).all():
+            raise DataError("a row has no class", field="label", hint='A row is {"text": …, "label": …}')
+        return self._drain(self._streamer.answers(batch, self._fed(adapter)))
+
+    def labelled(self, batch: BatchArrays) -> BatchArrays:
+        """The batch with the labels that this bundle learns: tokens [B, S], or the class of each row [B, 1]."""
+        return labelled(batch, self.manifest)
 
     def _fed(self, adapter: Mapping[str, Floats]) -> dict[str, Floats]:
         return self.layout.fed({**self._a, **adapter})
@@ -109,13 +124,17 @@ class Trainer:
                 value=longest,
                 hint=f"The model takes {self.manifest.positions_max}",
             )
-        for name, values in (("ids", batch.ids), ("labels", batch.labels)):
-            if values.size and (values.max() >= vocabulary or (name == "ids" and values.min() < 0)):
+        limits = (
+            ("ids", batch.ids, vocabulary),
+            ("labels", batch.labels, label_limit(self.manifest)),
+        )
+        for name, values, limit in limits:
+            if values.size and (values.max() >= limit or (name == "ids" and values.min() < 0)):
                 raise DataError(
-                    "token is not in the vocabulary",
+                    "token is not in the vocabulary" if limit == vocabulary else "no such class in this bundle",
                     field=name,
                     value=int(values.max()),
-                    hint=f"{vocabulary} tokens",
+                    hint=f"{limit} tokens" if limit == vocabulary else f"It tells {limit} apart",
                 )
 
     def _drain(self, work: Generator[None, None, T]) -> T:

@@ -1,0 +1,171 @@
+"""Classifiers: which checkpoints are one, which can become one, and the model that is trained of them.
+
+A checkpoint with a classification head of its own keeps it, whatever the head is made of. A bare encoder, or one with
+a language head, gets a fresh one: the mean of its last hidden states over the text (Reimers and Gurevych 2019,
+arXiv 1908.10084) and one matrix to the classes. Either way the model takes ids and an attention mask and answers with
+`logits` [B, C], and that is all that the rest of this package knows of it.
+
+The rule: names of classes come from the checkpoint or from the user, never from nowhere, and travel with the bundle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from fedge.errors import DataError, UnsupportedError, UsageError
+from fedge.lora import LoraConfig
+from quantize.anatomy import layers_of
+from quantize.blocks import linears_of
+from quantize.supported import kind_of
+
+CLASSES_MAX: Final = 10_000
+CLASS_CHARS_MAX: Final = 200
+# Query and value under the names that families give them, for users who name no targets.
+_TARGETS: Final = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"), ("Wqkv",), ("c_attn",))
+_PROBLEMS: Final = (None, "single_label_classification")
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A model that gives `logits` for ids and a mask, and what its outputs are called."""
+
+    model: Any
+    classes: tuple[str, ...]
+
+
+class MeanPooled(nn.Module):
+    """A bare encoder with a fresh head: the mean of the last hidden states over the text, times one matrix.
+
+    For stock PEFT: `PeftModel.from_pretrained(MeanPooled.from_folder(folder, classes), adapter)`.
+    """
+
+    def __init__(self, model: Any, classes: int) -> None:
+        super().__init__()
+        self.config, self.model = model.config, model
+        self.classifier = nn.Linear(model.config.hidden_size, classes)
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None  # of the first token, and read by nobody here
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            nn.init.normal_(self.classifier.weight, std=1 / math.sqrt(model.config.hidden_size))
+        nn.init.zeros_(self.classifier.bias)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, classes: int) -> MeanPooled:
+        """The encoder in a model folder, and a head for so many classes. Raises DataError."""
+        return cls(_read(AutoModel, Path(folder), optional=("pooler.",), surplus=True), classes).eval()
+
+    def get_input_embeddings(self) -> Any:
+        """The table of token embeddings."""
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> None:
+        """None: there is no matrix to the vocabulary."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> SequenceClassifierOutput:
+        """Logits [B, C] of ids [B, S]."""
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask[:, :, None].to(hidden.dtype)
+        mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+        return SequenceClassifierOutput(logits=self.classifier(mean))
+
+
+def open_classifier(folder: Path, architecture: str, classes: Sequence[str]) -> Classifier:
+    """The classifier in a model folder; `classes` are the user's names for its outputs, empty for its own.
+
+    Raises UsageError when names are needed or do not fit, UnsupportedError for a head that does something else,
+    DataError when the folder cannot be loaded.
+    """
+    check_names(classes)
+    if kind_of(architecture) == "encode":
+        if not classes:
+            raise UsageError(
+                "this model has no head: name the classes that it shall tell apart",
+                field="classes",
+                value=architecture,
+                hint="--classes yes,no or --classes-from FILE, one a line",
+            )
+        return Classifier(MeanPooled.from_folder(folder, len(classes)), tuple(classes))
+    model = _read(AutoModelForSequenceClassification, folder)
+    problem, count = model.config.problem_type, int(model.config.num_labels)
+    if problem not in _PROBLEMS or count < 2:
+        raise UnsupportedError(
+            "only heads that choose one of several classes are handled",
+            field="problem_type",
+            value=problem or f"{count} output",
+        )
+    if classes and len(classes) != count:
+        raise UsageError(
+            f"the model tells {count} classes apart, not {len(classes)}",
+            field="classes",
+            value=", ".join(classes[:4]),
+            hint="Leave --classes out to keep its own, or give the bare encoder to get a fresh head",
+        )
+    own = tuple(str(model.config.id2label[index]) for index in range(count))
+    check_names(own)
+    return Classifier(model, tuple(classes) or own)
+
+
+def check_names(classes: Sequence[str]) -> None:
+    """Raise UsageError unless these can be names of classes: none twice, none empty."""
+    twice = [name for name in dict.fromkeys(classes) if list(classes).count(name) > 1] if classes else []
+    odd = [name for name in classes if not name.strip() or len(name) > CLASS_CHARS_MAX]
+    if twice or odd:
+        raise UsageError("a class needs a name of its own", field="classes", value=(twice + odd)[0][:40])
+    if classes and not 2 <= len(classes) <= CLASSES_MAX:
+        raise UsageError(f"classes must be 2 to {CLASSES_MAX:,}", field="classes", value=len(classes))
+
+
+def like(model: Any, config: Any) -> Any:
+    """An empty model of the same make as `model` for another configuration."""
+    config._attn_implementation = "eager"
+    how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if isinstance(model, MeanPooled):
+        return MeanPooled(AutoModel.from_config(config, **how), model.classifier.out_features).eval()
+    return AutoModelForSequenceClassification.from_config(config, **how).eval()
+
+
+def with_targets(model: Any, lora: LoraConfig) -> LoraConfig:
+    """The config with the family's own names of query and value, where the user named none."""
+    last = {path.rpartition(".")[2] for path in linears_of(layers_of(model)[0])}
+    if lora.targets != LoraConfig().targets or last.intersection(lora.targets):
+        return lora
+    found = next((names for names in _TARGETS if last.issuperset(names)), lora.targets)
+    return msgspec.structs.replace(lora, targets=found)
+
+
+def _read(kind: Any, folder: Path, *, optional: tuple[str, ...] = (), surplus: bool = False) -> Any:
+    """A model of safetensors, every tensor accounted for but those that begin with `optional`, and `surplus` ones."""
+    try:
+        model, report = kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError("the model folder cannot be loaded", field="model", value=str(error)) from error
+    odd = _unaccounted(report, optional, surplus)
+    if odd:
+        raise DataError("weights and config.json do not belong together", field="tensors", value=odd[:4])
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _unaccounted(report: Mapping[str, Any], optional: tuple[str, ...], surplus: bool) -> list[str]:
+    missing = [name for name in map(str, report["missing_keys"]) if not name.startswith(optional)]
+    more = [] if surplus else list(map(str, report["unexpected_keys"]))
+    return sorted([*missing, *more, *map(str, report["mismatched_keys"])])

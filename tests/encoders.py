@@ -1,0 +1,107 @@
+"""Small random classifiers of the encoder families under test, with heads of one and of two layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import tiny
+
+CLASSES: Final = ("lights", "music", "weather")
+_SIZES: Final[dict[str, Any]] = {
+    "vocab_size": 304,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+    "initializer_range": 0.15,  # at 0.02 attention is all but uniform, and a mistake in it would not show
+    "pad_token_id": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A configuration, the transformers class that makes the model of it, and the names of query and value."""
+
+    config: Callable[[], Any]
+    model: str
+    targets: tuple[str, ...]
+
+
+def _config(name: str, **sizes: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        import transformers
+
+        names = dict(enumerate(CLASSES))
+        return getattr(transformers, name)(
+            **sizes, id2label=names, label2id={label: index for index, label in names.items()}
+        )
+
+    return make
+
+
+_DISTIL: Final[dict[str, Any]] = {
+    "vocab_size": 304,
+    "dim": 64,
+    "hidden_dim": 128,
+    "n_layers": 2,
+    "n_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+    "pad_token_id": 1,
+}
+ENCODERS: Final[dict[str, Encoder]] = {
+    "bert": Encoder(_config("BertConfig", **_SIZES), "BertForSequenceClassification", ("query", "value")),
+    "roberta": Encoder(
+        _config("RobertaConfig", **_SIZES, type_vocab_size=1),
+        "RobertaForSequenceClassification",
+        ("query", "value"),
+    ),
+    "distilbert": Encoder(
+        _config("DistilBertConfig", **_DISTIL), "DistilBertForSequenceClassification", ("q_lin", "v_lin")
+    ),
+    "llama": Encoder(
+        _config("LlamaConfig", **{**tiny.SIZES, "pad_token_id": 1}),
+        "LlamaForSequenceClassification",
+        ("q_proj", "v_proj"),
+    ),
+    "bare": Encoder(_config("BertConfig", **_SIZES), "BertModel", ("query", "value")),
+}
+
+
+def write_model(folder: Path, name: str) -> Path:
+    """A model folder of random weights; biases and norms are not left at 0 and 1."""
+    import torch
+    import transformers
+
+    encoder = ENCODERS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, encoder.model)(encoder.config())
+        for parameter, value in model.named_parameters():
+            if parameter.endswith("bias"):
+                torch.nn.init.normal_(value, std=0.1)
+            elif value.dim() == 1:
+                torch.nn.init.normal_(value, mean=1.0, std=0.1)
+    model.save_pretrained(folder)
+    _write_tokenizer(folder / "tokenizer.json")
+    return folder
+
+
+def _write_tokenizer(path: Path) -> None:
+    """`tiny`'s tokenizer that puts a token before and one behind a text, as encoders are used to."""
+    from tokenizers import Tokenizer, processors
+
+    tiny.write_tokenizer(path)
+    words = json.loads(path.read_text())
+    first = next(iter(words["model"]["vocab"]))
+    tokenizer = Tokenizer.from_str(json.dumps(words))
+    number = tokenizer.token_to_id(first)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {first}", special_tokens=[(first, number)]
+    )
+    tokenizer.save(str(path))
