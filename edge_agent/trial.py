@@ -44,7 +44,7 @@ def on_terminal(what: str, done: int, of: int) -> None:
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """What `fedge agent train-once` found. Losses are nats per label on held-out rows: a token's, or a classified row's."""
+    """What `fedge agent train-once` found. Losses: nats per label (a token, or a classified row) of held-out rows."""
 
     model: str
     loss_before: float
@@ -59,7 +59,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     left_out_rows: int  # of the training file: too long for the window, or empty
     threads: int
     adapter: str = ""  # the file that was written
-    accuracy_before: float | None = None  # of a classifier: share of held-out rows whose class is its first choice
+    accuracy_before: float | None = (
+        None  # of a classifier: share of held-out rows whose class is its first choice
+    )
     accuracy_after: float | None = None
 
 
@@ -97,8 +99,8 @@ def train_once(
     Raises whatever the worker's jobs raise (NoInputError, DataError, IntegrityError), the refusals of
     `fedge.io.adapter_file.read_adapter`, UsageError when `adapter_out` would replace something else.
     """
-    manifest = _open(bundle)
-    _check_target(adapter_out)
+    manifest = open_bundle_manifest(bundle)
+    check_target(adapter_out)
     begun = _Start.of(manifest, training, start)
     folder = Path(tempfile.mkdtemp(prefix="fedge-trial-"))  # 0700
     try:
@@ -110,8 +112,8 @@ def train_once(
                 value=str(data),
                 hint=f"give at least {HELD_OUT_EVERY} lines",
             )
-        _write(folder / "train.jsonl", train)
-        _write(folder / "held_out.jsonl", held_out, HELD_OUT_MAX)
+        write_records(folder / "train.jsonl", train)
+        write_records(folder / "held_out.jsonl", held_out, HELD_OUT_MAX)
         begun.save(folder / "start.f32")
         bench = _Bench(bundle.resolve(), folder, begun.training, threads_allowed(threads), progress)
         try:
@@ -126,6 +128,17 @@ def train_once(
             begun.keep(adapter_out, vector, trained.steps)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    return _trial(manifest, (before, after), trained, bench.threads, adapter_out)
+
+
+def _trial(
+    manifest: Manifest,
+    measured: tuple[jobs.Evaluated, jobs.Evaluated],
+    trained: jobs.Trained,
+    threads: int,
+    adapter_out: Path | None,
+) -> Trial:
+    before, after = measured
     return Trial(
         model=manifest.model,
         loss_before=before.loss_sum / max(before.labels, 1),
@@ -138,7 +151,7 @@ def train_once(
         seconds_per_step=trained.seconds / max(trained.steps, 1),
         peak_rss_mb=round(max(trained.memory.peak, after.memory.peak) / 1e6, 1),
         left_out_rows=trained.counts.too_long + trained.counts.empty,
-        threads=bench.threads,
+        threads=threads,
         adapter=str(adapter_out or ""),
         accuracy_before=_accuracy(before),
         accuracy_after=_accuracy(after),
@@ -199,7 +212,7 @@ class _Start:
         write_adapter(path, adapter_of(self.manifest, vector, a_seed=seed, steps=steps))
 
 
-def _check_target(path: Path | None) -> None:
+def check_target(path: Path | None) -> None:
     """Before any work: the adapter's file can be written, and replaces nothing but another adapter."""
     if path is None:
         return
@@ -247,7 +260,7 @@ class _Bench:
             verified=self._verified,
             threads=self.threads,
         )
-        reply = self._do(job, what)
+        reply = self.do(job, what)
         assert isinstance(reply, jobs.Evaluated)
         self._verified = reply.verified
         return reply
@@ -265,7 +278,7 @@ class _Bench:
             steps=steps,
             data_seed=self._training.data_seed,
         )
-        reply = self._do(job, "training")
+        reply = self.do(job, "training")
         assert isinstance(reply, jobs.Trained)
         return reply
 
@@ -273,13 +286,23 @@ class _Bench:
         """End the worker."""
         self._worker.stop()
 
-    def _do(self, job: jobs.Job, what: str) -> Reply:
+    def do(self, job: jobs.Job, what: str) -> Reply:
+        """The job's last answer. Raises what the job raises."""
         self._worker.submit(job)
         while isinstance(reply := self._replies.get(), jobs.Progress):
             self._progress(what, reply.done, reply.of)
         if isinstance(reply, jobs.Failed):
             raise _raised(reply)
         return reply
+
+
+def one_job(job: jobs.Job, what: str, progress: OnProgress) -> Reply:
+    """The last answer of a worker that does this one job. Raises what the job raises."""
+    bench = _Bench(Path(job.bundle), Path(), job.training, job.threads, progress)
+    try:
+        return bench.do(job, what)
+    finally:
+        bench.stop()
 
 
 def _raised(failed: jobs.Failed) -> FedgeError:
@@ -290,7 +313,7 @@ def _raised(failed: jobs.Failed) -> FedgeError:
     return FedgeError(failed.what, hint=failed.hint)
 
 
-def _open(bundle: Path) -> Manifest:
+def open_bundle_manifest(bundle: Path) -> Manifest:
     """The bundle's manifest; its signature is checked, whoever the publisher is. The worker checks every file."""
     try:
         return open_manifest((bundle / MANIFEST).read_bytes(), (bundle / SIGNATURE).read_bytes())
@@ -303,7 +326,8 @@ def _open(bundle: Path) -> Manifest:
         ) from error
 
 
-def _write(path: Path, records: list[Record], examples_max: int | None = None) -> None:
+def write_records(path: Path, records: list[Record], examples_max: int | None = None) -> None:
+    """Records in their normal form, one a line; none is begun once there are `examples_max` examples."""
     lines: list[bytes] = []
     samples = 0
     for record in records:
