@@ -95,6 +95,18 @@ class Train(Job, frozen=True):
     state_seconds: float = 60.0  # flash cards wear out, and a state has three times the adapter's bytes
 
 
+class Personalise(Job, frozen=True):
+    """Take own steps on A and B, and keep what the rows of the file `held_out` like best (edge_agent.personal).
+
+    The adapter file is one of the rule `fedit`, and so is the file `out`, which is written when own steps were kept.
+    """
+
+    held_out: str
+    out: str
+    steps: tuple[int, ...]
+    data_seed: int = 0
+
+
 class Evaluate(Job, frozen=True):
     """The loss of every usable row of `data`."""
 
@@ -154,6 +166,18 @@ class Trained(Answer, frozen=True):
     not_finite: int
     seconds: float  # wall time of the steps alone
     counts: Counts
+    verified: VerifiedStamp
+    memory: Memory
+
+
+class Personalised(Answer, frozen=True):
+    """`kept` names the candidate that was best; `tried` has the held-out loss of each in nats per token."""
+
+    kept: str
+    own: bool  # own steps were kept, and the file `out` is there
+    tried: dict[str, float]
+    held_out_rows: int
+    samples: int
     verified: VerifiedStamp
     memory: Memory
 

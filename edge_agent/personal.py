@@ -9,23 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.dataset import Row, batches, evaluation_batches
+from edge_agent.jobs import Personalise
 from edge_agent.trainer.batch import BatchArrays
 from edge_agent.trainer.round import train_round
 from edge_agent.trainer.rules import Factors
 from edge_agent.trainer.state import TrainState
 from edge_agent.trainer.trainer import Trainer
 from fedge.errors import ConfigError, DataError
-from fedge.rules import Fedit
+from fedge.rules import Fedit, rule_of
 
 Floats = NDArray[np.float32]
 
 RATE: Final = 0.002  # a quarter of what a fleet takes for both factors: nobody averages the noise here
 STEPS: Final = (5, 10)
+FLEET: Final = "fleet"
 HELD_OUT_ROWS: Final = 8  # they shorten the tail of those who lose; more rows cost more than they tell
 
 
@@ -83,7 +87,7 @@ def personalise(
         rule=local,
         keep=keep,
     )
-    vectors = {"fleet": local.start}
+    vectors = {FLEET: local.start}
     for count, vector in sorted(found.items()):
         vectors[f"half of {count} steps"] = (local.start + vector) / np.float32(2)
         vectors[f"{count} steps"] = vector
@@ -91,6 +95,35 @@ def personalise(
     tried = [Candidate(name, fed, mean_loss(trainer, fed, held_out)) for name, fed in menu.items()]
     kept = min(tried, key=lambda one: one.loss)  # the first of equals: the menu begins with the fleet's
     return Choice(kept, {one.name: one.loss for one in tried})
+
+
+def on_rows(
+    trainer: Trainer,
+    state: Floats,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
+    job: Personalise,
+    pad_id: int,
+) -> Choice:
+    """`personalise` from an adapter file of the rule `fedit`, on the batches that a Personalise job names."""
+    size = job.training.batch_rows
+    endless = batches(rows, size=size, seed=job.data_seed, pad_id=pad_id)
+    measured = [batch for _, batch in evaluation_batches(held_out, size=size, pad_id=pad_id)]
+    adapter = rule_of("fedit", trainer.layout, bytes(16), numbers=state.size).tensors(state)
+    return personalise(
+        trainer,
+        adapter,
+        islice(endless, max(job.steps)),
+        measured,
+        steps=job.steps,
+        rate=job.training.rate,
+        weight_decay=job.training.weight_decay,
+    )
+
+
+def adapter_file(trainer: Trainer, tensors: Mapping[str, Floats]) -> Floats:
+    """An adapter file of the rule `fedit`: B, what is dense, A."""
+    return rule_of("fedit", trainer.layout, bytes(16)).from_factors(tensors)
 
 
 def mean_loss(trainer: Trainer, adapter: Mapping[str, Floats], rows: Sequence[BatchArrays]) -> float:

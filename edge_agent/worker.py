@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import signal
 import sys
@@ -30,6 +31,8 @@ from edge_agent.jobs import (
     Gauge,
     Gauged,
     Memory,
+    Personalise,
+    Personalised,
     Progress,
     Seal,
     Sealed,
@@ -167,6 +170,29 @@ def evaluate(job: Evaluate, emit: Emit) -> Evaluated:
     )
 
 
+def personalise(job: Personalise, emit: Emit) -> Personalised:
+    """Carry out a Personalise job."""
+    from edge_agent import personal
+
+    bundle, held_out, _ = _warm.open(msgspec.structs.replace(job, data=job.held_out))
+    bundle, dataset, trainer = _warm.open(job)
+    pad_id, state = bundle.manifest.pad_id, _floats(Path(job.adapter), job.adapter_sha256)
+    choice = personal.on_rows(trainer, state, dataset.rows, held_out.rows, job, pad_id)
+    own = choice.kept.name != personal.FLEET
+    if own:
+        kept = personal.adapter_file(trainer, choice.kept.tensors)
+        durable.write_bytes(Path(job.out), kept.astype("<f4").tobytes(), secret=True)
+    return Personalised(
+        kept=choice.kept.name,
+        own=own,
+        tried={name: loss for name, loss in choice.tried.items() if math.isfinite(loss)},
+        held_out_rows=len(held_out.rows),
+        samples=len(dataset.rows),
+        verified=bundle.stamp,
+        memory=memory_used(),
+    )
+
+
 def gauge(job: Gauge, emit: Emit) -> Gauged:
     """Carry out a Gauge job."""
     bundle, trainer = _warm.open_trainer(job)
@@ -210,6 +236,7 @@ COMMANDS: Final[dict[str, Callable[[bytes, Emit], Answer]]] = {
     "train": command(Train, in_slot(train)),
     "evaluate": command(Evaluate, in_slot(evaluate)),
     "gauge": command(Gauge, in_slot(gauge)),
+    "personalise": command(Personalise, in_slot(personalise)),
     "seal": command(Seal, seal),
 }
 

@@ -19,10 +19,20 @@ from typing import Final
 
 import msgspec
 
-from edge_agent.jobs import BundleJob, Evaluated, Failed, Gauged, Progress, Seal, Sealed, Trained
+from edge_agent.jobs import (
+    BundleJob,
+    Evaluated,
+    Failed,
+    Gauged,
+    Personalised,
+    Progress,
+    Seal,
+    Sealed,
+    Trained,
+)
 from fedge.errors import UnavailableError
 
-Reply = Progress | Trained | Evaluated | Gauged | Sealed | Failed
+Reply = Progress | Trained | Evaluated | Gauged | Personalised | Sealed | Failed
 OnReply = Callable[[int, Reply], None]
 
 _decoder: Final = msgspec.json.Decoder(Reply)

@@ -1,14 +1,19 @@
 """A person's own part: kept only when rows that were not trained on agree."""
 
+from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 from quadratic import OneLabel, Quadratic
 
+from edge_agent.bundle import open_bundle
 from edge_agent.personal import mean_loss, personalise
+from edge_agent.personal_once import personalise_once, text
 from edge_agent.trainer.trainer import Trainer
 from fedge.errors import ConfigError, DataError
+from fedge.io.adapter_file import adapter_of, read_adapter, write_adapter
 from fedge.lora import AdapterLayout, LoraConfig
 from fedge.rules import Ffa
 
@@ -86,3 +91,40 @@ def test_senseless_steps_and_no_held_out_rows_are_refused() -> None:
             personalise(trainer(Quadratic(LAYOUT, 1)), start(), [], [OneLabel()], steps=steps)
     with pytest.raises(DataError, match="held_out"):
         mean_loss(trainer(Quadratic(LAYOUT, 1)), start(), [])
+
+
+# ---------------------------------------------------------------- the command, through a real worker
+def test_own_steps_through_the_worker_are_kept_in_a_file_of_their_own(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    manifest = open_bundle(tiny_bundle).manifest
+    layout = manifest.layout
+    fleet = adapter_of(manifest, np.zeros(layout.numbers, np.float32), a_seed=bytes(16))
+    write_adapter(tmp_path / "fleet.safetensors", fleet)
+    data = tmp_path / "own.jsonl"
+    lines = [{"prompt": f"how are you {line}", "completion": "i am fine thank you"} for line in range(40)]
+    data.write_bytes(msgspec.json.Encoder().encode_lines(lines))
+    out = tmp_path / "mine.safetensors"
+    found = personalise_once(
+        tiny_bundle, data, tmp_path / "fleet.safetensors", out, steps=(20, 40), threads=1
+    )
+    assert found.adapter == str(out)
+    assert found.kept == min(found.tried, key=lambda name: found.tried[name])
+    assert found.tried[found.kept] < found.tried["fleet"] - 0.01
+    assert (found.held_out_rows, found.training_rows) == (8, 32)
+    mine = read_adapter(out, manifest)
+    moved = {n[-1] for n, value in mine.tensors.items() if not np.array_equal(value, fleet.tensors[n])}
+    assert moved == {"A", "B"}
+    assert "own steps are kept" in text(found)
+
+
+def test_without_five_conversations_nothing_is_begun(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = open_bundle(tiny_bundle).manifest
+    zero = adapter_of(manifest, np.zeros(manifest.layout.numbers, np.float32), a_seed=bytes(16))
+    write_adapter(tmp_path / "fleet.safetensors", zero)
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match="too little data"):
+        personalise_once(
+            tiny_bundle, tmp_path / "own.jsonl", tmp_path / "fleet.safetensors", tmp_path / "mine"
+        )
+    assert not (tmp_path / "mine").exists()

@@ -1,0 +1,123 @@
+"""`fedge agent personalise`: own steps on top of the fleet's adapter. No network; nothing leaves the device.
+
+Every fifth conversation is held out, and at most `edge_agent.personal.HELD_OUT_ROWS` of their rows choose. A file is
+written only when own steps were better on them; the fleet's adapter stays as it is either way.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from edge_agent import jobs, trial
+from edge_agent.dataset import Reading, read_records
+from edge_agent.resources import threads_allowed
+from edge_agent.trial import OnProgress
+from fedge.errors import DataError, UnsupportedError
+from fedge.io import durable
+from fedge.messages import Training
+
+
+class Personal(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of it: losses are nats per token on `held_out_rows` rows."""
+
+    model: str
+    kept: str
+    tried: dict[str, float]
+    held_out_rows: int
+    training_rows: int
+    adapter: str = ""  # the file that was written
+
+
+def text(found: Personal) -> str:
+    """The same for people."""
+    tried = "\n".join(f"  {name:<18} {loss:.3f}" for name, loss in found.tried.items())
+    outcome = f"own steps are kept: {found.adapter}" if found.adapter else "the fleet's adapter stays"
+    return (
+        f"{found.model}: held-out loss in nats per token over {found.held_out_rows} rows\n{tried}\n"
+        f"{outcome} ({found.kept})"
+    )
+
+
+def personalise_once(
+    bundle: Path,
+    data: Path,
+    start: Path,
+    out: Path,
+    *,
+    steps: tuple[int, ...] = (),
+    training: Training | None = None,
+    threads: int = 0,
+    seed: int = 0,
+    progress: OnProgress = lambda what, done, of: None,
+    reading: Reading | None = None,
+) -> Personal:
+    """Try own steps from the adapter file `start`; write `out` when they are kept.
+
+    Raises what the worker's job raises, the refusals of `fedge.io.adapter_file.read_adapter`, UnsupportedError for an
+    adapter of another config than the bundle's, UsageError when `out` would replace something else.
+    """
+    import numpy as np
+
+    from edge_agent.personal import HELD_OUT_ROWS, RATE, STEPS
+    from fedge.io.adapter_file import adapter_of, read_adapter, write_adapter
+    from fedge.rules import rule_of
+
+    manifest = trial.open_bundle_manifest(bundle)
+    trial.check_target(out)
+    adapter = read_adapter(start, manifest)
+    if adapter.header.lora != manifest.lora:
+        raise UnsupportedError(
+            f"{start} has another config than the bundle", field="lora", value=adapter.header.lora
+        )
+    rule = rule_of("fedit", manifest.layout, bytes(16))
+    folder = Path(tempfile.mkdtemp(prefix="fedge-personal-"))  # 0700
+    try:
+        _write_halves(folder, data, reading, HELD_OUT_ROWS)
+        state = rule.from_factors(adapter.tensors)
+        durable.write_bytes(folder / "start.f32", state.astype("<f4").tobytes(), secret=True)
+        job = jobs.Personalise(
+            bundle=str(bundle.resolve()),
+            adapter=str(folder / "start.f32"),
+            data=str(folder / "train.jsonl"),
+            held_out=str(folder / "held_out.jsonl"),
+            out=str(folder / "own.f32"),
+            steps=steps or STEPS,
+            training=msgspec.structs.replace(training or Training(), rule="fedit", rate=RATE),
+            threads=threads_allowed(threads),
+            data_seed=seed,
+        )
+        reply = trial.one_job(job, "own steps", progress)
+        assert isinstance(reply, jobs.Personalised)
+        if reply.own:
+            tensors = rule.tensors(np.fromfile(folder / "own.f32", "<f4").astype(np.float32))
+            vector = manifest.layout.join({name: tensors[name] for name in manifest.layout.shapes})
+            a = {name: tensors[name] for name in manifest.layout.a_shapes}
+            write_adapter(out, adapter_of(manifest, vector, a=a, rule="", steps=adapter.header.steps))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Personal(
+        model=manifest.model,
+        kept=reply.kept,
+        tried=reply.tried,
+        held_out_rows=reply.held_out_rows,
+        training_rows=reply.samples,
+        adapter=str(out) if reply.own else "",
+    )
+
+
+def _write_halves(folder: Path, data: Path, reading: Reading | None, held_out_rows: int) -> None:
+    """`train.jsonl` and `held_out.jsonl`. Raises DataError when one of them would be empty."""
+    train, held_out = trial.split(read_records(data, reading))
+    if not train or not held_out:
+        raise DataError(
+            "too little data: one in five conversations is held out, the others are trained on",
+            field="path",
+            value=str(data),
+            hint="give at least five conversations",
+        )
+    trial.write_records(folder / "train.jsonl", train)
+    trial.write_records(folder / "held_out.jsonl", held_out, held_out_rows)
