@@ -15,7 +15,7 @@ from quadratic import OneLabel, Quadratic
 from edge_agent.trainer.rules import local_part, train_by_rule
 from edge_agent.trainer.trainer import Trainer
 from fedge.errors import DataError, UnsupportedError
-from fedge.lora import RULES, AdapterLayout, LoraConfig
+from fedge.lora import RULES, AdapterLayout, LoraConfig, split
 from fedge.messages import Training
 from fedge.rules import Core, Rule, rule_of, sketch_sizes, started_from
 
@@ -242,11 +242,17 @@ def test_a_probe_that_comes_after_the_basis_changes_nothing() -> None:
     np.testing.assert_array_equal(rule.apply(probe, state, late, 1.0), state)
 
 
-def test_a_probe_is_as_long_on_every_device() -> None:
-    """So that the campaign's first codec holds it, and no device's loss outweighs another's."""
+def test_a_probe_is_as_long_on_every_device_and_in_both_halves() -> None:
+    """So that the campaign's first codec holds it, and its rounding drowns neither half."""
     rule = rule_of("core", PLAIN, SEED)
-    norms = [np.linalg.norm(delta) for delta in deltas("core", PLAIN, rule.initial(), 1)]
-    np.testing.assert_allclose(norms, 0.02 * rule.part(1, probing=True).numbers ** 0.5, rtol=1e-5)
+    part = rule.part(1, probing=True)
+    for delta in deltas("core", PLAIN, rule.initial(), 1):
+        assert np.linalg.norm(delta) == pytest.approx(0.02 * part.numbers**0.5, rel=1e-5)
+        sketches = split(part.shapes, delta)
+        halves = [
+            np.linalg.norm([np.linalg.norm(v) for n, v in sketches.items() if n[-1] == x]) for x in "UV"
+        ]
+        assert 0.3 < halves[0] / halves[1] < 3
 
 
 # ---------------------------------------------------------------- a campaign that starts from an adapter
