@@ -32,6 +32,7 @@ from fedge.release import (
 from quantize import bundle as bundling
 from quantize.bundle import quantize
 from quantize.decode import LEVEL_EXACT, at_level
+from quantize.fit import fit
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, decode
 from quantize.gates import GateError
 from quantize.graph import operators
@@ -58,7 +59,8 @@ def runner(tiny_bundle: Path, manifest: Manifest) -> Runner:
 def dequantised(tiny_model: Path) -> object:
     """transformers' model whose weights are what the bundle's codes mean."""
     source = load(str(tiny_model))
-    quantise(source, FORMATS["int4d"], lambda phase, fraction: None)
+    fitted = fit(source, FORMATS["int4d"], lambda phase, fraction: None)
+    quantise(source, FORMATS["int4d"], lambda phase, fraction: None, fitted)
     return source.model
 
 
