@@ -33,8 +33,8 @@ _DOMAIN: Final = b"fedge bundle manifest v1\x00"
 OPERATORS_ALLOWED: Final = frozenset(
     str.split(
         """
-        Abs Add And ArgMax BitShift BitwiseAnd Cast Clip Concat Constant ConstantOfShape Conv Cos CumSum DequantizeLinear Div
-        Equal Erf Exp Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN
+        Abs Add And ArgMax BitShift BitwiseAnd Cast Clip Concat Constant ConstantOfShape Conv Cos CumSum
+        DequantizeLinear Div Equal Erf Exp Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN
         LayerNormalization Less LessOrEqual Log MatMul MatMulInteger Max Min Mul Neg Not Or Pow QuantizeLinear Range
         Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape ScatterElements ScatterND Shape Sigmoid Sign Sin Slice
         Softmax Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where
@@ -110,10 +110,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     gates: dict[str, float]
     publisher: str  # Ed25519 public key, hexadecimal
     task: str = "generate"  # what it is for: one of TASKS
-    layer_kinds: tuple[str, ...] = ()  # per layer: block input n is aux "n@kind" where there is one; () = all alike
+    layer_kinds: tuple[str, ...] = ()  # per layer: its input n is aux "n@kind" where that is; () = all alike
     logit_cap: float = 0.0  # c of the soft-cap c tanh(z / c) on logits; 0 = none
     classes: tuple[str, ...] = ()  # label names of a classifier, by index
-    dense: dict[str, tuple[int, ...]] = {}  # trained in full beside the adapter; starts at tensor "dense/NAME"
+    dense: dict[str, tuple[int, ...]] = {}  # trained in full, too; starts at tensor "dense/NAME"
     chat: ChatFormat | None = None  # how a conversation is written; None: the model has no chat template
     probe: Probe | None = None  # a fixed input and what it must give; None: not checked
     layer_path: str = LAYER_PATH  # of the list of layers, from the model's root: PEFT's names are made of it
@@ -185,7 +185,10 @@ def _require_format(found: int) -> None:
         newer = "The bundle is newer: update fedge on this machine"
         older = "The bundle is older: make it again with `fedge quantize`"
         raise UnsupportedError(
-            "bundle format is not known here", field="format", value=found, hint=newer if found > FORMAT else older
+            "bundle format is not known here",
+            field="format",
+            value=found,
+            hint=newer if found > FORMAT else older,
         )
 
 
@@ -193,7 +196,9 @@ def _check(manifest: Manifest) -> None:
     if manifest.task not in TASKS:
         raise UnsupportedError("task of the bundle is not known here", field="task", value=manifest.task)
     if manifest.layer_kinds and len(manifest.layer_kinds) != manifest.layers:
-        raise IntegrityError("a kind for every layer, or none", field="layer_kinds", value=manifest.layer_kinds)
+        raise IntegrityError(
+            "a kind for every layer, or none", field="layer_kinds", value=manifest.layer_kinds
+        )
     for name, entry in manifest.files.items():
         if "/" in name or name.startswith(".") or name in (MANIFEST, SIGNATURE):
             raise IntegrityError("file name is not allowed in a bundle", field="files", value=name)
