@@ -34,10 +34,11 @@ OPERATORS_ALLOWED: Final = frozenset(
     str.split(
         """
         Abs Add And ArgMax BitShift BitwiseAnd Cast Clip Concat Constant ConstantOfShape Conv Cos CumSum
-        DequantizeLinear Div Equal Erf Exp Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN
-        LayerNormalization Less LessOrEqual Log MatMul MatMulInteger Max Min Mul Neg Not Or Pow QuantizeLinear Range
-        Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape ScatterElements ScatterND Shape Sigmoid Sign Sin Slice
-        Softmax Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where
+        DequantizeLinear Div Equal Erf Exp Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater
+        GreaterOrEqual Identity IsNaN LayerNormalization Less LessOrEqual Log MatMul MatMulInteger Max Min Mul
+        Neg Not Or Pow QuantizeLinear Range Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape
+        ScatterElements ScatterND Shape Sigmoid Sign Sin Slice Softmax Split Sqrt Squeeze Sub Sum Tanh Tile
+        Transpose Trilu Unsqueeze Where
         com.microsoft:DynamicQuantizeMatMul com.microsoft:FastGelu com.microsoft:GatherBlockQuantized
         com.microsoft:Gelu com.microsoft:GroupQueryAttention com.microsoft:MatMulBnb4
         com.microsoft:MatMulIntegerToFloat com.microsoft:MatMulNBits com.microsoft:QuickGelu
