@@ -42,6 +42,7 @@ def export_adapter(campaign: CampaignRow, blobs: Blobs, out: Path) -> None:
         layout=rule.layout,
         task_type=_TASK_TYPES.get(manifest.task),
         fan_in_fan_out=manifest.architecture.startswith("GPT2"),
+        classes=manifest.classes,
     )
 
 

@@ -220,6 +220,7 @@ def _export(arguments: argparse.Namespace) -> None:
             layout=adapter.header.layout,
             task_type=_PEFT_TASKS.get(manifest.task, "FEATURE_EXTRACTION"),
             fan_in_fan_out=manifest.architecture.startswith("GPT2"),
+            classes=manifest.classes,
         )
     elif arguments.to == "gguf":
         from quantize.interop.gguf_lora import write_gguf_lora

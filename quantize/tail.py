@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 @dataclass(frozen=True, slots=True)
 class TailNames:
-    """Parameters after the last layer by their names in the model, and the outermost modules that hold the trained ones."""
+    """Parameters after the last layer, by name in the model; the outermost modules that hold trained ones alone."""
 
     trained: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()

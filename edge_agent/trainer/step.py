@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from edge_agent.planner import Plan
 from edge_agent.trainer.batch import BatchArrays, Piece, label_count
+from edge_agent.trainer.checkpoints import Checkpoints, Filed, Half, Plain
 from edge_agent.trainer.classify import TASK as CLASSIFY
 from edge_agent.trainer.classify import Answer, Classifier
-from edge_agent.trainer.checkpoints import Checkpoints, Filed, Half, Plain
 from edge_agent.trainer.head import Head, HeadResult
 from edge_agent.trainer.sessions import Floats, Graph, Tensor
 from fedge.errors import DataError

@@ -6,7 +6,7 @@ an element type is a property of each tensor in the file, never of our expectati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +22,7 @@ from fedge.lora import LAYER_PATH, AdapterLayout, LoraConfig
 from fedge.peft import CONFIG_FILE, TENSOR_FILE, lora_config, match_names, peft_config, peft_name
 
 Floats = NDArray[np.float32]
+LABELS_FILE: Final = "labels.json"
 TENSOR_FILE_BYTES_MAX: Final = 512 * 1024**2  # twice the largest adapter in float32, and room
 
 
@@ -61,11 +62,13 @@ def write_peft_tensors(
     layout: AdapterLayout | None = None,
     task_type: str | None = "CAUSAL_LM",
     fan_in_fan_out: bool = False,
+    classes: Sequence[str] = (),
 ) -> None:
     """The same of tensors by our names, A and B alike: for an A that does not follow from a seed.
 
     What is dense is written as given: the value itself, not the change. Without a `layout` the layers are taken to be
-    at `model.layers`.
+    at `model.layers`. Names of `classes` go beside it, in the words in which transformers takes them for a model:
+    `AutoModelForSequenceClassification.from_pretrained(base, **labels)`.
     """
     path = LAYER_PATH if layout is None else layout.layer_path
     named = {peft_name(name, path): tensor for name, tensor in tensors.items()}
@@ -75,6 +78,10 @@ def write_peft_tensors(
     durable.make_folder(folder)
     durable.write_bytes(folder / TENSOR_FILE, encode_tensors(named))
     durable.write_bytes(folder / CONFIG_FILE, msgspec.json.format(msgspec.json.encode(fields), indent=2))
+    if classes:
+        names = dict(enumerate(classes))
+        labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+        durable.write_bytes(folder / LABELS_FILE, msgspec.json.format(msgspec.json.encode(labels), indent=2))
 
 
 def read_peft(folder: Path, layout: AdapterLayout) -> PeftAdapter:

@@ -1,9 +1,8 @@
-"""A classifier on the device against torch: gradients, rounds, accuracy. Field case F05: all that trains is in the vector."""
+"""A classifier on the device against torch: gradients, rounds, accuracy. F05: all that trains is in the vector."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-import encoders
 import msgspec
 import numpy as np
 import pytest
@@ -24,7 +23,11 @@ from quantize.source import load
 from quantize.weights import quantise
 
 SEED = bytes(range(16))
-WORDS = {"lights": "the lazy dog and the hen", "music": "how are you my friend", "weather": "best of the week"}
+WORDS = {
+    "lights": "the lazy dog and the hen",
+    "music": "how are you my friend",
+    "weather": "best of the week",
+}
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +150,7 @@ def test_a_delta_of_zeros_is_the_source_itself(folder: Path, trainer: Trainer, d
         expected = dequantised(
             input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)
         ).logits
-    assert np.allclose(
-        trainer.answers(batch, trainer.layout.split(zero)).logits, expected.numpy(), atol=1e-5
-    )
+    assert np.allclose(trainer.answers(batch, trainer.layout.split(zero)).logits, expected.numpy(), atol=1e-5)
     plain = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
     with torch.no_grad():
         source = plain(
