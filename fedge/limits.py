@@ -31,6 +31,7 @@ STEPS_MAX: Final = 10_000
 ROUNDS_MAX: Final = 100_000
 WINDOW_SECONDS_MAX: Final = 7 * 86_400
 ADAPTER_NUMBERS_MAX: Final = 50_000_000
+ADAPTER_MATRICES_MAX: Final = 65_536  # layers times targets; the largest open models have a few thousand
 
 RING_BITS: Final = (8, 16)  # word widths on the wire; packed widths come later
 META_WORDS_MAX: Final = 256

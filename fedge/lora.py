@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import msgspec
 
 from fedge.errors import DataError, UnsupportedError
-from fedge.limits import ADAPTER_NUMBERS_MAX
+from fedge.limits import ADAPTER_MATRICES_MAX, ADAPTER_NUMBERS_MAX
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,9 +154,7 @@ class AdapterLayout:
     """
 
     layers: int
-    modules: tuple[
-        tuple[str, int, int], ...
-    ]  # (path in a block, out, in), sorted by path; of all layers together
+    modules: tuple[tuple[str, int, int], ...]  # (path in a block, out, in) of all layers together, by path
     slots: tuple[Slot, ...]
     layer_path: str = LAYER_PATH
     dense: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -177,7 +175,7 @@ class AdapterLayout:
         """
         config = LoraConfig(r=lora, targets=ALL_LINEAR) if isinstance(lora, int) else lora
         modules = tuple((path, *lora_shapes[path]) for path in sorted(lora_shapes))
-        if not 0 < layers * len(modules) <= ADAPTER_NUMBERS_MAX:
+        if not 0 < layers * len(modules) <= ADAPTER_MATRICES_MAX:
             raise UnsupportedError("adapter size is out of range", field="layers", value=layers)
         slots = tuple(_slots(layers, modules, config, layer_path))
         layout = cls(layers, modules, slots, layer_path, tuple(sorted((dense or {}).items())))
