@@ -33,8 +33,10 @@ _STEPS_MEMORY: Final = 32  # sums that the running mean of steps looks back on, 
 
 
 class Travels(Protocol):
-    """How many numbers a device sends, and what the last sums of that kind were like."""
+    """What a device sends in a round: how many numbers, and what the last sums of that kind were like."""
 
+    @property
+    def name(self) -> str: ...
     @property
     def numbers(self) -> int: ...
     @property
@@ -80,12 +82,16 @@ def next_codec(campaign: CampaignRow, steps: int, seed: bytes, part: Travels | N
     Also after a sum that wrapped, which a `spread` below 0 says. No room is made beyond what all devices at the clip
     bound could fill, however many sums have wrapped. `part`: what travels, where that is not the campaign's usual.
     """
-    devices, travels = campaign.bloc_devices, part or campaign
-    numbers, norm = travels.numbers, travels.mean_norm
-    if travels.spread <= 0 or norm <= 0:
+    devices = campaign.bloc_devices
+    numbers, spread, norm = campaign.numbers, campaign.spread, campaign.mean_norm
+    if part is not None:
+        numbers, spread, norm = part.numbers, part.spread, part.mean_norm
+    if part is not None and part.name == "probe":
+        return coding.probe_codec(campaign.training.rate, numbers, devices, seed)
+    if spread <= 0 or norm <= 0:
         return coding.first_codec(steps, campaign.training.rate, numbers, devices, seed)
     most = coding.aligned_spread(coding.CLIP_SLACK * norm, numbers, devices)
-    return coding.next_codec(min(travels.spread, most), norm, devices, seed)
+    return coding.next_codec(min(spread, most), norm, devices, seed)
 
 
 def roomy(known: float, seen: float) -> float:

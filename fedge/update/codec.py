@@ -30,6 +30,7 @@ from fedge.update.spec import UpdateCodec, require_clip, require_width
 SPREADS: Final = 5.0  # a Gaussian passes 5 spreads once in 1.7 million; words that do wrap are detected
 SLACK: Final = 1.15  # how much larger the next sum may be than the last
 CLIP_SLACK: Final = 1.25  # over the mean norm; touched no device on real people's messages
+_PROBE_BITS: Final = 8
 FIRST_BITS: Final = 16  # while no sum is known
 _PIECE: Final = 65_536  # numbers rounded at a time: cache-sized, and a multiple of STRATA
 
@@ -41,14 +42,25 @@ class Encoded(msgspec.Struct, frozen=True):
     strata: npt.NDArray[np.uint32]
 
 
-def first_codec(steps: int, lr: float, numbers: int, devices: int, seed: bytes) -> UpdateCodec:
+def first_codec(
+    steps: int, lr: float, numbers: int, devices: int, seed: bytes, bits: int = FIRST_BITS
+) -> UpdateCodec:
     """The codec of a campaign's first round, when no sum is known. Fits whatever the devices send.
 
     Adam moves a number by at most about `lr` a step (Kingma & Ba 2015, section 2.1), hence the clip bound.
     """
     clip = steps * lr * math.sqrt(numbers)
     require_clip(clip)
-    return _tuned(aligned_spread(clip, numbers, devices), clip, devices, seed, FIRST_BITS)
+    return _tuned(aligned_spread(clip, numbers, devices), clip, devices, seed, bits)
+
+
+def probe_codec(lr: float, numbers: int, devices: int, seed: bytes) -> UpdateCodec:
+    """The codec of a round in which every device sends a probe of one length (`fedge.rules`, rule `core`).
+
+    The length is the clip bound of one step, so 8 bits do: 2 % of the energy of a sum of 8 devices is noise where they
+    have nothing in common, less where they agree.
+    """
+    return first_codec(1, lr, numbers, devices, seed, _PROBE_BITS)
 
 
 def next_codec(

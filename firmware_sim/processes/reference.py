@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edge_agent.bundle import open_bundle
 from edge_agent.trainer import AdamW
 from fedge.errors import ConfigError, IntegrityError
-from fedge.rules import rule_of
+from fedge.rules import Part, rule_of
 from fedge.secagg.ring import add_words, zero_words
 from fedge.update import codec as coding
 from fedge.update.metadata import METADATA_WORDS, Metadata, pack
@@ -103,7 +103,7 @@ def federated(
     with open_devices(plan, processes) as devices:
         for number in range(1, plan.rounds + 1):
             part = rule.part(number, probing=rule.probing(state))
-            channel = channels.setdefault(part.name, _Channel(plan, part.numbers, bloc_devices, seed))
+            channel = channels.setdefault(part.name, _Channel(plan, part, bloc_devices, seed))
             work = dict(zip(names, devices.deltas(number, state), strict=True))
             if codec:
                 bytes_up += report_layout(part.numbers, channel.bits).size
@@ -123,8 +123,9 @@ def federated(
 class _Channel:
     """Reports and sums as in `fedge.update.report` and `hub.aggregation`, all but the masks, which cancel."""
 
-    def __init__(self, plan: Plan, numbers: int, bloc_devices: int, seed: int) -> None:
-        self._plan, self._numbers, self._bloc_devices, self._seed = plan, numbers, bloc_devices, seed
+    def __init__(self, plan: Plan, part: Part, bloc_devices: int, seed: int) -> None:
+        self._plan, self._part, self._bloc_devices, self._seed = plan, part, bloc_devices, seed
+        self._numbers = part.numbers
         self._spread = self._mean_norm = 0.0  # of the last opened sum
         self._carry: dict[str, Vector] = {}
         self.figures: list[SumFigures] = []
@@ -147,6 +148,9 @@ class _Channel:
 
     def _codec(self, number: int, place: int) -> UpdateCodec:
         seed = self._draw(f"rotation/{number}/{place}")[:SEED_BYTES]
+        if self._part.name == "probe":
+            rate = self._plan.training.rate
+            return coding.probe_codec(rate, self._numbers, self._bloc_devices, seed)
         if self._spread > 0:
             return coding.next_codec(self._spread, self._mean_norm, self._bloc_devices, seed)
         return coding.first_codec(

@@ -18,6 +18,7 @@ from edge_agent.trainer import AdamW, Trainer, train_round
 from edge_agent.trainer.round import FrozenA
 from fedge.errors import ConfigError, DataError, NoInputError
 from fedge.messages import Training
+from fedge.rules import Part
 from firmware_sim.processes import evaluation
 from firmware_sim.processes.evaluation import PersonLoss, evaluate_people, pooled, spread
 from firmware_sim.processes.local_training import LocalWork, Plan
@@ -216,7 +217,7 @@ def test_a_sum_that_wraps_sits_out_and_is_carried(tiny_bundle: Path) -> None:
         unit = [(vector / np.linalg.norm(vector)).astype(np.float32) for vector in vectors]
         return {name: LocalWork(v, 10.0, 5, 4) for name, v in zip(names, unit, strict=True)}
 
-    channel = _Channel(plan, 2_048, 8, seed=1)
+    channel = _Channel(plan, Part("b", {"B": (2_048,)}), 8, seed=1)
     channel.total(1, work([rng.normal(size=2_048) for _ in names]))
     same = rng.normal(size=2_048)
     assert not channel.total(2, work([same] * 8)).any()
