@@ -20,13 +20,13 @@ COLD_SECONDS_MAX: Final = 2.0  # a first step as short as this is mostly page fa
 _STRIDE: Final = 7_919  # a prime: tokens from all over the embedding, as text has them
 
 
-def step_seconds(trainer: Trainer, training: Training, vocabulary: int) -> float:
+def step_seconds(trainer: Trainer, training: Training, vocabulary: int, label: int = -1) -> float:
     """Wall seconds of one step over all layers; of the faster of two where a step is short. Raises ConfigError."""
     took: list[float] = []
     train_round(
         trainer,
         np.zeros(trainer.layout.numbers, np.float32),
-        _timed(synthetic_batch(training, vocabulary), took),
+        _timed(synthetic_batch(training, vocabulary, label), took),
         a_seed=training.a_seed,
         lr=training.rate,
         weight_decay=training.weight_decay,
@@ -34,11 +34,11 @@ def step_seconds(trainer: Trainer, training: Training, vocabulary: int) -> float
     return min(took)
 
 
-def synthetic_batch(training: Training, vocabulary: int) -> Batch:
-    """`batch_rows` x `window_tokens` ids below `vocabulary`, the same everywhere; every row is of the first class."""
+def synthetic_batch(training: Training, vocabulary: int, label: int = -1) -> Batch:
+    """`batch_rows` x `window_tokens` ids below `vocabulary`, the same everywhere, each of class `label`."""
     shape = training.batch_rows, training.window_tokens
     ids = (np.arange(shape[0] * shape[1]) * _STRIDE % vocabulary).astype(np.int32).reshape(shape)
-    return make_batch([Row(row, 0, "", label=0) for row in ids], pad_id=0)
+    return make_batch([Row(row, 0, "", label=label) for row in ids], pad_id=0)
 
 
 def _timed(batch: Batch, took: list[float]) -> Iterator[Batch]:

@@ -198,7 +198,8 @@ def gauge(job: Gauge, emit: Emit) -> Gauged:
     bundle, trainer = _warm.open_trainer(job)
     from edge_agent.gauge import step_seconds
 
-    seconds = step_seconds(trainer, job.training, bundle.manifest.vocabulary)
+    label = 0 if bundle.manifest.task == "classify" else -1
+    seconds = step_seconds(trainer, job.training, bundle.manifest.vocabulary, label)
     return Gauged(seconds=seconds, verified=bundle.stamp, memory=memory_used())
 
 

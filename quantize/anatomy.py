@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedge.errors import DataError, UnsupportedError
-from quantize.tail import Tail, TailNames, tail_names
+from quantize.tail import NO_TAIL, Tail, TailNames, tail_names
 
 BATCH: Final = "batch"
 LENGTH: Final = "length"
@@ -107,7 +107,7 @@ class Anatomy:
     kinds: tuple[str, ...]
     shared: frozenset[str]
     readers: Mapping[str, tuple[int, Mapping[str, Slot]]]
-    tail: TailNames = TailNames()  # what a classifier reads after its last layer
+    tail: TailNames = NO_TAIL  # what a classifier reads after its last layer
 
     @property
     def aux(self) -> tuple[str, ...]:
@@ -148,8 +148,9 @@ class _Seen:
 
 
 def dissect(model: Any) -> Anatomy:
-    """The anatomy of a causal LM or a classifier in evaluation mode. Raises UnsupportedError naming what was not found or
-    proven.
+    """The anatomy of a causal LM or a classifier in evaluation mode.
+
+    Raises UnsupportedError naming what was not found or proven.
     """
     _check_numbers(model)
     path, layers = _layers(model)
@@ -316,7 +317,7 @@ class _Outside:
     norm_path: str = ""
     head: nn.Linear | None = None
     logit_cap: float = 0.0
-    tail: TailNames = TailNames()
+    tail: TailNames = NO_TAIL
 
 
 def _outside(model: Any, layers: list[nn.Module], seen: _Seen) -> _Outside:

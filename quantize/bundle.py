@@ -73,8 +73,10 @@ def quantize(
     """Write the bundle of the model `source` to the folder `out`, signed by `key`, and return its manifest.
 
     `progress(phase, fraction)` is told how far each phase is, `chosen` which format was taken and why; `memory_bytes`
-    is that of the smallest board; `classes` are names for what a classifier tells apart. Raises UsageError when `out` exists, the refusals of
-    `source.load`, GateError when the graphs do not compute what torch computes, StorageError. Nothing is left behind.
+    is that of the smallest board; `classes` are names for what a classifier tells apart.
+
+    Raises UsageError when `out` exists, the refusals of `source.load`, GateError when the graphs do not compute what
+    torch computes, StorageError. Nothing is left behind.
     """
     tell = progress or _silent
     if out.exists():
@@ -122,7 +124,9 @@ class _Build:
         lora = graph_config(source.model, lora)  # of here on: what the graphs are made for
         make = ClassifierExam if source.classes else gates.Exam
         exam = make.of(source, exact=is_exact(source, fmt.name), fmt=fmt, lora=lora)
-        fits = fmt.name in FITTED and not exam.exact and not source.classes  # a fit needs text that the model writes
+        fits = (
+            fmt.name in FITTED and not exam.exact and not source.classes
+        )  # a fit needs text that the model writes
         fitted = fit(source, fmt, tell) if fits else None
         tensors = quantise(source, fmt, tell, fitted)
         self._places: Mapping[str, TensorPlace] = write_weights(folder / WEIGHTS, tensors)
@@ -134,7 +138,9 @@ class _Build:
             graphs = training_graphs(source.anatomy, lora, fmt, tell)
             try:
                 infer = graphs["infer.onnx"] = inference_graph(source.anatomy, lora, fmt, self._places)
-            except UnsupportedError as refusal:  # it trains all the same; manifest.files says that it cannot write
+            except (
+                UnsupportedError
+            ) as refusal:  # it trains all the same; manifest.files says that it cannot write
                 tell(refusal.what, 1.0)
         tell("export", 1.0)
         self._operators: set[str] = set()

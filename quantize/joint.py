@@ -167,7 +167,7 @@ def dimensions(longest: int = _LENGTH_MAX) -> tuple[Any, Any]:
 
 
 def outer_dimensions(anatomy: Anatomy) -> tuple[Any, Any]:
-    """The same for what surrounds the layers: encoders cut positions out of a buffer, whose length the exporter minds."""
+    """The same for what surrounds the layers: encoders cut positions out of a buffer, which has an end."""
     longest = getattr(anatomy.model.config, "max_position_embeddings", None) if anatomy.head is None else None
     return dimensions(longest) if longest else dimensions()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class TailNames:
     def all(self) -> frozenset[str]:
         """Trained and frozen."""
         return frozenset(self.trained + self.frozen)
+
+
+NO_TAIL: Final = TailNames()
 
 
 class _Passing(nn.Module):

@@ -2,8 +2,8 @@
 
 Names are `L{i}/{module}.w.q|.s|.m` and so on for the parts of a frozen matrix, `L{i}/{module}.b` for its bias,
 `L{i}/{norm}.weight`, `EMB.q|.s`, `HEAD.q|.s` where the output matrix is not the embedding, `norm.weight`, `POS` or
-the model's own name for what else is read, and `dense/NAME` for where a classifier's head starts. A tensor of 4 KB or more starts on a page, a
-smaller one on a cache line, so that a device maps the file and feeds slices of it without a copy.
+the model's own name for what else is read, and `dense/NAME` for where a classifier's head starts. A tensor of 4 KB or
+more starts on a page, a smaller one on a cache line, so that a device maps the file and feeds slices without a copy.
 """
 
 from __future__ import annotations

@@ -87,14 +87,20 @@ class Classifier:
         return found
 
 
-def labelled(batch: BatchArrays, manifest: Manifest) -> BatchArrays:
-    """The batch with the labels that this bundle learns: of a classifier, the class of each row, [B, 1]."""
+def by_class(batch: BatchArrays) -> BatchArrays:
+    """A batch whose rows have classes, with these as its labels, [B, 1]; any other as it is."""
     classes: Ints | None = getattr(batch, "classes", None)
-    if manifest.task != TASK or (classes is None and batch.labels.shape[1:] == (1,)):
+    return batch if classes is None else Piece(batch.ids, batch.mask, classes[:, None])
+
+
+def labelled(batch: BatchArrays, manifest: Manifest) -> BatchArrays:
+    """The batch with the labels that this bundle learns: a classifier learns the class of each row, -1 = none."""
+    if manifest.task != TASK:
         return batch
-    if classes is None:
-        classes = np.full(len(batch.ids), -1, np.int64)
-    return Piece(batch.ids, batch.mask, classes[:, None])
+    found = by_class(batch)
+    if found.labels.shape[1:] == (1,):
+        return found
+    return Piece(batch.ids, batch.mask, np.full((len(batch.ids), 1), -1, np.int64))
 
 
 def label_limit(manifest: Manifest) -> int:

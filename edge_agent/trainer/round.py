@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.trainer.batch import BatchArrays
+from edge_agent.trainer.classify import by_class
 from edge_agent.trainer.optimizer import Kind, Optimizer, clip, make_optimizer
 from edge_agent.trainer.schedule import Schedule
 from edge_agent.trainer.state import Progress, TrainState
@@ -127,7 +128,7 @@ def train_round(
     )
     if resume is not None:
         run.resume(resume)
-    for group in _groups(map(trainer.labelled, batches), run.recipe.accumulate):
+    for group in _groups(map(by_class, batches), run.recipe.accumulate):
         if run.step(group, after_step) and keep is not None:
             keep(run.state())
     return run.outcome(b_vector)

@@ -65,7 +65,7 @@ class Trainer:
         self, batch: BatchArrays, adapter: Mapping[str, Floats], depth: int = 0
     ) -> Generator[None, None, StepResult]:
         """`loss_and_gradients` in pieces, for a driver of its own."""
-        batch = self.labelled(batch)
+        batch = labelled(batch, self.manifest)
         total, fed = label_count(batch), self._fed(adapter)
         if total == 0:
             raise DataError("batch has no label", field="labels", value=0, hint="Leave such batches out")
@@ -94,22 +94,18 @@ class Trainer:
         self, batch: BatchArrays, adapter: Mapping[str, Floats]
     ) -> tuple[NDArray[np.float64], Ints]:
         """For each of the B rows: the sum of its losses in nats, and how many labels it has. Raises DataError."""
-        batch = self.labelled(batch)
+        batch = labelled(batch, self.manifest)
         self._check(batch)
         nll = self._drain(self._streamer.losses(batch.ids, batch.mask, batch.labels, self._fed(adapter)))
         return by_row(nll, batch.labels)
 
     def answers(self, batch: BatchArrays, adapter: Mapping[str, Floats]) -> Answer:
         """Losses and logits of a classifier's rows, all of which have a label. Raises DataError."""
-        batch = self.labelled(batch)
+        batch = labelled(batch, self.manifest)
         self._check(batch)
         if not (batch.labels >= 0).all():
             raise DataError("a row has no class", field="label", hint='A row is {"text": …, "label": …}')
         return self._drain(self._streamer.answers(batch, self._fed(adapter)))
-
-    def labelled(self, batch: BatchArrays) -> BatchArrays:
-        """The batch with the labels that this bundle learns: tokens [B, S], or the class of each row [B, 1]."""
-        return labelled(batch, self.manifest)
 
     def _fed(self, adapter: Mapping[str, Floats]) -> dict[str, Floats]:
         return self.layout.fed({**self._a, **adapter})
@@ -131,7 +127,9 @@ class Trainer:
         for name, values, limit in limits:
             if values.size and (values.max() >= limit or (name == "ids" and values.min() < 0)):
                 raise DataError(
-                    "token is not in the vocabulary" if limit == vocabulary else "no such class in this bundle",
+                    "token is not in the vocabulary"
+                    if limit == vocabulary
+                    else "no such class in this bundle",
                     field=name,
                     value=int(values.max()),
                     hint=f"{limit} tokens" if limit == vocabulary else f"It tells {limit} apart",
