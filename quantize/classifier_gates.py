@@ -26,6 +26,7 @@ from quantize.formats import WeightFormat
 from quantize.gates import Draft, GateError
 from quantize.prologue import Prologue
 from quantize.reference import (
+    Batch,
     adapted,
     cut_config,
     layers_of_every_kind,
@@ -194,9 +195,7 @@ class ClassifierExam:
         """(error of what precedes the layers, worst relative error of the hidden states at any position)."""
         source = self.source
         text = np.resize(self.batch.ids[self.batch.mask > 0], min(_POSITIONS, longest_text(source)))
-        batch = LabelledBatch.of(
-            [text.tolist(), text[: max(2, len(text) // 2)].tolist()], [0, 0], source.pad_id
-        )
+        batch = Batch.of([text.tolist(), text[: max(2, len(text) // 2)].tolist()], source.pad_id)
         aux_error = gates.worst_aux(
             runner.prologue(batch.ids, batch.mask), outer_inputs(source.anatomy, batch)
         )
@@ -250,7 +249,7 @@ def torch_answers(
     return loss.item(), logits.detach().numpy(), gradients
 
 
-def logits_of(model: Any, batch: LabelledBatch) -> Tensor:
+def logits_of(model: Any, batch: LabelledBatch | Batch) -> Tensor:
     """Logits [B, C] of the plain model."""
     with torch.no_grad():
         found: Tensor = model(
@@ -259,7 +258,7 @@ def logits_of(model: Any, batch: LabelledBatch) -> Tensor:
     return found
 
 
-def hidden_of(source: Source, batch: LabelledBatch) -> Array:
+def hidden_of(source: Source, batch: Batch) -> Array:
     """What the model's own last layer gives for a batch, [B, S, D]."""
     caught: list[Tensor] = []
 

@@ -89,7 +89,8 @@ class Prologue(nn.Module):
             else:
                 found += [self._own(name, calls[index], slots) for index, slots in readers]
         # An argument that is the attention mask itself must be a value of its own to be an output.
-        return tuple(value.clone() if value is words.get("attention_mask") else value for value in found)
+        same = id(words.get("attention_mask"))
+        return tuple(value.clone() if id(value) == same else value for value in found)
 
     def _own(self, name: str, given: Mapping[str, Any], slots: Mapping[str, Slot]) -> Tensor:
         if name in slots:

@@ -43,7 +43,8 @@ class Answer:
     @property
     def right(self) -> NDArray[np.bool_]:
         """(M,) Whether the first choice is the label."""
-        return self.logits.argmax(axis=1) == self.labels
+        found: NDArray[np.bool_] = self.logits.argmax(axis=1) == self.labels
+        return found
 
 
 class Classifier:
