@@ -14,6 +14,7 @@ from quantize.graph import canonical, expand_powers, fold, select
 from quantize.head import HEAD, cross_entropy_slice, output_rows
 from quantize.joint import export_block, export_norm
 from quantize.late import late_weights
+from quantize.late_scores import late_scores
 from quantize.lower import lower
 from quantize.pieces import block_in_pieces
 from quantize.prologue import TABLE, export_prologue
@@ -46,7 +47,7 @@ def training_graphs(
     variants = block_variants(joint)
     graphs |= {f"{name}.onnx": lower(graph, shapes, fmt.name) for name, graph in variants.items()}
     tell("export", 0.6)
-    return {name: canonical(late_weights(graph)) for name, graph in graphs.items()}
+    return {name: canonical(late_weights(late_scores(graph))) for name, graph in graphs.items()}
 
 
 def head_dim(model: Any) -> int:
