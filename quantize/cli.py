@@ -91,9 +91,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     names = parser.add_mutually_exclusive_group()
     names.add_argument(
-        "--classes", metavar="A,B,C", help="what a classifier shall tell apart; a bare encoder gets a fresh head for it"
+        "--classes",
+        metavar="A,B,C",
+        help="what a classifier shall tell apart; a bare encoder gets a fresh head for it",
     )
-    names.add_argument("--classes-from", type=Path, metavar="FILE", help="the same from a file, one name a line")
+    names.add_argument(
+        "--classes-from", type=Path, metavar="FILE", help="the same from a file, one name a line"
+    )
     add_lora_flags(parser)
     parser.add_argument(
         "--dry-run",

@@ -78,7 +78,9 @@ def load(text: str, classes: Sequence[str] = ()) -> Source:
             raise _no_classes(place.path.name)
         return load_gguf(place.path, licence=place.licence)
     folder = place.path if place.path is not None else _from_hub(place)
-    return _load_folder(folder, name=place.hub_id or folder.resolve().name, licence=place.licence, classes=classes)
+    return _load_folder(
+        folder, name=place.hub_id or folder.resolve().name, licence=place.licence, classes=classes
+    )
 
 
 def file_digest(path: Path) -> str:
@@ -137,7 +139,9 @@ def _load_folder(folder: Path, *, name: str, licence: str, classes: Sequence[str
         opened = open_classifier(folder, architecture, classes)
         model, classes = opened.model, opened.classes
     check_counts(model, eos)
-    words = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    words = (
+        _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    )
     files = [folder / "config.json", folder / "tokenizer.json", *weights]
     return Source(
         model=model,

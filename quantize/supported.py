@@ -27,6 +27,7 @@ _NO_MEANING_HERE: Final = {
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "transformers.js_config", "unsloth_version",
     "unsloth_fixed", "is_llama_config", "tokenizer_class", "auto_map", "quantization_config", "use_cache",
     "_attn_implementation_autoset", "_sliding_window_pattern", "max_window_layers", "rope_interleaved",
+    "gradient_checkpointing",
     "pretraining_tp",
 }  # fmt: skip
 
