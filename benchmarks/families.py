@@ -43,13 +43,14 @@ def main() -> int:
 
 
 def _measure(name: str, folder: Path, seed: int) -> list[Row]:
+    from torch_twin import torch_twin
+
+    from edge_agent.bundle import open_bundle
     from fedge.lora import LoraConfig
     from quantize.bundle import quantize
-    from quantize.formats import FORMATS
     from quantize.reference import Batch, random_adapter, torch_gradients
     from quantize.runner import Runner
-    from quantize.source import load
-    from quantize.weights import map_weights, quantise
+    from quantize.weights import map_weights
 
     family = families.FAMILIES[name]
     model = tiny.write_model(folder / "model", family.config())
@@ -64,8 +65,7 @@ def _measure(name: str, folder: Path, seed: int) -> list[Row]:
         head_rows=tiny.HEAD_ROWS,
     )
     seconds = process_time() - before
-    source = load(str(model))
-    quantise(source, FORMATS[family.weights_format], lambda phase, fraction: None)
+    twin = torch_twin(open_bundle(folder / "bundle"), model)
     runner = Runner(
         folder / "bundle",
         map_weights(folder / "bundle" / "weights.bin", manifest.tensors),
@@ -75,11 +75,11 @@ def _measure(name: str, folder: Path, seed: int) -> list[Row]:
         cap=manifest.logit_cap,
     )
     draw = np.random.default_rng(seed)
-    adapter = random_adapter(source.model, lora, draw, scale=0.05)
+    adapter = random_adapter(twin, lora, draw, scale=0.05)
     gradient_errors, loss_errors = [], []
     for count, width in SHAPES:
         batch = Batch.of([draw.integers(2, 300, width - 3 * row).tolist() for row in range(count)], pad=0)
-        loss, expected = torch_gradients(source.model, lora, adapter, batch)
+        loss, expected = torch_gradients(twin, lora, adapter, batch)
         found_loss, found = runner.gradients(batch.ids, batch.mask, batch.labels, adapter)
         loss_errors.append(abs(found_loss - loss))
         gradient_errors += [
