@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,7 +20,12 @@ from edge_agent.resources import threads_allowed
 from edge_agent.trial import OnProgress
 from fedge.errors import DataError, UnsupportedError
 from fedge.io import durable
+from fedge.lora import LoraConfig
 from fedge.messages import Training
+from fedge.release import Manifest
+
+if TYPE_CHECKING:
+    from fedge.lora import Floats
 
 
 class Personal(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,16 +70,13 @@ def personalise_once(
     import numpy as np
 
     from edge_agent.personal import HELD_OUT_ROWS, RATE, STEPS
-    from fedge.io.adapter_file import adapter_of, read_adapter, write_adapter
+    from fedge.io.adapter_file import read_adapter
     from fedge.rules import rule_of
 
     manifest = trial.open_bundle_manifest(bundle)
     trial.check_target(out)
     adapter = read_adapter(start, manifest)
-    if adapter.header.lora != manifest.lora:
-        raise UnsupportedError(
-            f"{start} has another config than the bundle", field="lora", value=adapter.header.lora
-        )
+    _check_config(start, adapter.header.lora, manifest)
     rule = rule_of("fedit", manifest.layout, bytes(16))
     folder = Path(tempfile.mkdtemp(prefix="fedge-personal-"))  # 0700
     try:
@@ -93,10 +97,8 @@ def personalise_once(
         reply = trial.one_job(job, "own steps", progress)
         assert isinstance(reply, jobs.Personalised)
         if reply.own:
-            tensors = rule.tensors(np.fromfile(folder / "own.f32", "<f4").astype(np.float32))
-            vector = manifest.layout.join({name: tensors[name] for name in manifest.layout.shapes})
-            a = {name: tensors[name] for name in manifest.layout.a_shapes}
-            write_adapter(out, adapter_of(manifest, vector, a=a, rule="", steps=adapter.header.steps))
+            own = np.fromfile(folder / "own.f32", "<f4").astype(np.float32)
+            _keep(out, manifest, rule.tensors(own), adapter.header.steps)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Personal(
@@ -107,6 +109,21 @@ def personalise_once(
         training_rows=reply.samples,
         adapter=str(out) if reply.own else "",
     )
+
+
+def _check_config(start: Path, config: LoraConfig, manifest: Manifest) -> None:
+    if config != manifest.lora:
+        raise UnsupportedError(f"{start} has another config than the bundle", field="lora", value=config)
+
+
+def _keep(out: Path, manifest: Manifest, tensors: Mapping[str, Floats], steps: int) -> None:
+    """Write A and B to the adapter file `out`."""
+    from fedge.io.adapter_file import adapter_of, write_adapter
+
+    layout = manifest.layout
+    vector = layout.join({name: tensors[name] for name in layout.shapes})
+    a = {name: tensors[name] for name in layout.a_shapes}
+    write_adapter(out, adapter_of(manifest, vector, a=a, rule="", steps=steps))
 
 
 def _write_halves(folder: Path, data: Path, reading: Reading | None, held_out_rows: int) -> None:

@@ -13,8 +13,7 @@ are of different *kinds*; their code is still one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,17 +21,24 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fedge.errors import DataError, UnsupportedError
 from quantize.tail import NO_TAIL, Tail, TailNames, tail_names
+from quantize.watching import (
+    SHAPES,
+    Seen,
+    batch,
+    check_numbers,
+    close,
+    first_of,
+    odd,
+    repeated,
+    untraceable,
+    watch,
+)
 
 BATCH: Final = "batch"
 LENGTH: Final = "length"
 Size = int | str
 
-# Two batches of different shape: a size that follows the batch or the length shows by changing.
-_SHAPES: Final = ((2, 13), (3, 17))
-_PADDED: Final = 4  # positions of the last row that are padding
-_SAME: Final = 1e-5  # relative, between a layer and the pattern in its place
 _CACHES: Final = ("past_key_values", "past_key_value", "layer_past", "cache")
 _MASKS: Final = ("attention_mask", "causal_mask")
 _ROTARY: Final = "position_embeddings"
@@ -80,7 +86,7 @@ class Call:
         if cache is not None:
             assert self.cache is not None, "this layer takes no cache"
             words[self.cache] = cache
-        return _first(torch.func.functional_call(block, dict(parameters), (), words))
+        return first_of(torch.func.functional_call(block, dict(parameters), (), words))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,31 +140,18 @@ class Anatomy:
         return int(self.embedding.weight.shape[0])
 
 
-@dataclass(slots=True)
-class _Seen:
-    """One run of the model: per layer its arguments and output, then what followed the last layer."""
-
-    arguments: list[dict[str, Any]]
-    outputs: list[Tensor]
-    after: list[
-        tuple[str, nn.Module, Tensor, Tensor]
-    ]  # modules called outside the layers: name, input, output
-    logits: Tensor
-    tuples: bool = False
-
-
 def dissect(model: Any) -> Anatomy:
     """The anatomy of a causal LM or a classifier in evaluation mode.
 
     Raises UnsupportedError naming what was not found or proven.
     """
-    _check_numbers(model)
-    path, layers = _layers(model)
-    runs = [_watch(model, path, layers, *_batch(model, *shape)) for shape in _SHAPES]
+    check_numbers(model)
+    path, layers = repeated(model)
+    runs = [watch(model, path, layers, *batch(model, *shape)) for shape in SHAPES]
     hidden = _hidden_argument(path, layers, runs[0])
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
-        raise _odd("the input embedding is no table", "embedding", type(embedding).__name__)
+        raise odd("the input embedding is no table", "embedding", type(embedding).__name__)
     outside = _outside(model, layers, runs[0])
     head = outside.head
     reads = [_reads(path, index, layer, hidden, run) for index, (layer, run) in _each(layers, runs[0])]
@@ -171,8 +164,8 @@ def dissect(model: Any) -> Anatomy:
         x = runs[0].arguments[index][hidden]
         with torch.no_grad():
             found = call(layers[pattern], own, x, values[index])
-        if not _close(found, runs[0].outputs[index]):
-            raise _odd(
+        if not close(found, runs[0].outputs[index]):
+            raise odd(
                 f"{path}.{index} computes something else than {path}.{pattern} with the same numbers",
                 "layer",
                 _difference(layer, layers[pattern]),
@@ -199,19 +192,6 @@ def dissect(model: Any) -> Anatomy:
     )
 
 
-def arguments_of(layer: nn.Module, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
-    signature = inspect.signature(layer.forward)
-    bound = signature.bind(*args, **keywords)
-    found: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            raise _odd("a layer takes arguments without names", "layer", type(layer).__name__)
-        found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return found
-
-
 def take(slot: Slot, arguments: Mapping[str, Any]) -> Tensor:
     """The tensor that a call has at a slot."""
     value = arguments[slot.argument]
@@ -224,89 +204,14 @@ def unrotated(name: str, like: Tensor) -> Tensor:
     return torch.ones_like(like) if name == "cos" else torch.zeros_like(like)
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers, first to last: the list of modules that holds most of the model."""
-    return _layers(model)[1]
-
-
-def layers_path_of(model: nn.Module) -> str:
-    """Where that list is, from the model's root."""
-    return _layers(model)[0]
-
-
-def _layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise _odd("no list of layers in this model", "layers", type(model).__name__)
-    path, found = max(lists, key=lambda entry: sum(value.numel() for value in entry[1].parameters()))
-    return path, list(found)
-
-
-def _batch(model: Any, count: int, length: int) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(length)
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, rows, (count, length), generator=draw)
-    mask = torch.ones_like(ids)
-    mask[-1, -_PADDED:] = 0
-    return ids, mask
-
-
-def _watch(model: Any, path: str, layers: list[nn.Module], ids: Tensor, mask: Tensor) -> _Seen:
-    seen = _Seen([], [], [], torch.empty(0))
-    order: list[int] = []
-    inside = {id(module) for layer in layers for module in layer.modules()}
-
-    def of_layer(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
-            order.append(index)
-            seen.arguments.append(arguments_of(module, args, keywords))
-            seen.outputs.append(_first(output))
-            seen.tuples = isinstance(output, tuple)
-
-        return hook
-
-    def of_other(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if (
-                len(order) == len(layers)
-                and args
-                and isinstance(args[0], Tensor)
-                and isinstance(output, Tensor)
-            ):
-                seen.after.append((name, module, args[0], output))
-
-        return hook
-
-    with _hooks() as handles, torch.no_grad():
-        for index, layer in enumerate(layers):
-            handles.append(layer.register_forward_hook(of_layer(index), with_kwargs=True))
-        for name, module in model.named_modules():
-            if id(module) not in inside:
-                handles.append(module.register_forward_hook(of_other(name)))
-        try:
-            seen.logits = model(input_ids=ids, attention_mask=mask).logits
-        except Exception as error:  # whatever the model's own code may raise
-            raise untraceable("a model that is given ids and a mask", model, error) from error
-    if order != list(range(len(layers))):
-        raise _odd("the layers are not called once each, in order", path, order[:8])
-    return seen
-
-
-def _check_numbers(model: nn.Module) -> None:
-    """With a weight that is no number nothing can be compared."""
-    for name, value in model.named_parameters():
-        if not torch.isfinite(value).all():
-            raise DataError("the model has weights that are no numbers", field="tensor", value=name)
-
-
 def _check_causal(model: Any, logits: Tensor) -> None:
     """A token may change nothing before it."""
-    ids, mask = _batch(model, *_SHAPES[0])
+    ids, mask = batch(model, *SHAPES[0])
     ids[0, -1] = (ids[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
         changed = model(input_ids=ids, attention_mask=mask).logits
-    if not _close(changed[0, :-1], logits[0, :-1]):
-        raise _odd("a token changes what comes before it: no causal LM", "architecture", type(model).__name__)
+    if not close(changed[0, :-1], logits[0, :-1]):
+        raise odd("a token changes what comes before it: no causal LM", "architecture", type(model).__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,10 +225,10 @@ class _Outside:
     tail: TailNames = NO_TAIL
 
 
-def _outside(model: Any, layers: list[nn.Module], seen: _Seen) -> _Outside:
+def _outside(model: Any, layers: list[nn.Module], seen: Seen) -> _Outside:
     head = model.get_output_embeddings()
     if head is None:
-        ids, mask = _batch(model, *_SHAPES[0])
+        ids, mask = batch(model, *SHAPES[0])
         try:
             found = tail_names(Tail(model, layers, tuples=seen.tuples), seen.outputs[-1], ids, mask)
         except Exception as error:  # whatever the model's own code may raise under a tracer
@@ -331,47 +236,37 @@ def _outside(model: Any, layers: list[nn.Module], seen: _Seen) -> _Outside:
         return _Outside(nn.Identity(), tail=found)
     _check_causal(model, seen.logits)
     if not isinstance(head, nn.Linear):
-        raise _odd("the output layer is no matrix product", "head", type(head).__name__)
+        raise odd("the output layer is no matrix product", "head", type(head).__name__)
     if head.bias is not None:
-        raise _odd("an output layer with a bias is not handled", "head", "bias")
+        raise odd("an output layer with a bias is not handled", "head", "bias")
     norm_path, norm = _between(model, seen, head)
     return _Outside(norm, norm_path, head, _logit_cap(model, seen, norm_path, head))
 
 
-@contextmanager
-def _hooks() -> Iterator[list[Any]]:
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hidden_argument(path: str, layers: list[nn.Module], seen: _Seen) -> str:
+def _hidden_argument(path: str, layers: list[nn.Module], seen: Seen) -> str:
     hidden = next(iter(inspect.signature(layers[0].forward).parameters))
     for index, arguments in enumerate(seen.arguments):
         if not isinstance(arguments.get(hidden), Tensor):
-            raise _odd("a layer is not given its hidden states first", f"{path}.{index}", hidden)
+            raise odd("a layer is not given its hidden states first", f"{path}.{index}", hidden)
         if index and not torch.equal(arguments[hidden], seen.outputs[index - 1]):
-            raise _odd("something happens between two layers", f"{path}.{index}", hidden)
+            raise odd("something happens between two layers", f"{path}.{index}", hidden)
     return hidden
 
 
-def _between(model: Any, seen: _Seen, head: nn.Linear) -> tuple[str, nn.Module]:
+def _between(model: Any, seen: Seen, head: nn.Linear) -> tuple[str, nn.Module]:
     """The one module that leads from the last layer's output to the head's input."""
     into_head = next((entry[2] for entry in seen.after if entry[1] is head), None)
     if into_head is None:
-        raise _odd("the output layer is not called", "head", type(head).__name__)
+        raise odd("the output layer is not called", "head", type(head).__name__)
     for name, module, given, output in seen.after:
         is_norm = module is not head and given.shape == output.shape == into_head.shape
         if is_norm and torch.equal(given, seen.outputs[-1]) and torch.equal(output, into_head):
             return name, module
     called = [name for name, module, *_ in seen.after if module is not head and name]
-    raise _odd("between the last layer and the head there is not one norm", "norm", called[:6])
+    raise odd("between the last layer and the head there is not one norm", "norm", called[:6])
 
 
-def _each(layers: list[nn.Module], seen: _Seen) -> Iterator[tuple[int, tuple[nn.Module, dict[str, Any]]]]:
+def _each(layers: list[nn.Module], seen: Seen) -> Iterator[tuple[int, tuple[nn.Module, dict[str, Any]]]]:
     yield from enumerate(zip(layers, seen.arguments, strict=True))
 
 
@@ -427,9 +322,9 @@ def _size(name: str, pair: tuple[int, ...]) -> Size:
     if len(set(pair)) == 1:
         return pair[0]
     for axis, symbol in enumerate((BATCH, LENGTH)):
-        if pair == tuple(shape[axis] for shape in _SHAPES):
+        if pair == tuple(shape[axis] for shape in SHAPES):
             return symbol
-    raise _odd("a tensor's size follows neither batch nor length", name, pair)
+    raise odd("a tensor's size follows neither batch nor length", name, pair)
 
 
 def _values(call: Call, slots: Mapping[str, Slot], given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -441,7 +336,7 @@ def _values(call: Call, slots: Mapping[str, Slot], given: Mapping[str, Any]) -> 
         elif name in ("cos", "sin"):
             found[name] = unrotated(name, take(slot, given))
         else:
-            raise _odd("some layers read this argument and some do not", "argument", name)
+            raise odd("some layers read this argument and some do not", "argument", name)
     return found
 
 
@@ -475,20 +370,16 @@ def _declared_kinds(model: Any, layers: int) -> tuple[str, ...]:
     return ("",) * layers
 
 
-def _logit_cap(model: Any, seen: _Seen, norm_path: str, head: nn.Linear) -> float:
+def _logit_cap(model: Any, seen: Seen, norm_path: str, head: nn.Linear) -> float:
     """c of a soft-cap c tanh(z / c) after the head; what else may follow a head is refused."""
     with torch.no_grad():
         plain = head(next(output for name, _, _, output in seen.after if name == norm_path))
-        if _close(plain, seen.logits):
+        if close(plain, seen.logits):
             return 0.0
         cap = getattr(model.config, "final_logit_softcapping", None)
-        if isinstance(cap, (int, float)) and cap > 0 and _close(cap * torch.tanh(plain / cap), seen.logits):
+        if isinstance(cap, (int, float)) and cap > 0 and close(cap * torch.tanh(plain / cap), seen.logits):
             return float(cap)
-    raise _odd("what the model does after its output layer is not handled", "head", type(model).__name__)
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).norm() <= _SAME * expected.norm())
+    raise odd("what the model does after its output layer is not handled", "head", type(model).__name__)
 
 
 def _difference(layer: nn.Module, pattern: nn.Module) -> str:
@@ -501,25 +392,3 @@ def _difference(layer: nn.Module, pattern: nn.Module) -> str:
             if plain and getattr(theirs.get(name), key, None) != value:
                 found.append(f"{name}.{key}".lstrip("."))
     return ", ".join(found[:4]) or type(layer).__name__
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return tensor
-
-
-def untraceable(where: str, module: nn.Module, error: Exception) -> UnsupportedError:
-    """The refusal of a module whose code cannot be followed by torch's tracer."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-    return UnsupportedError(
-        f"{where} cannot be traced: {line}", field="module", value=type(module).__name__, hint=_HINT
-    )
-
-
-_HINT: Final = (
-    "Handled is any causal LM of equal layers whose graphs pass the gates; docs/models.md lists those tested"
-)
-
-
-def _odd(message: str, where: str, value: object) -> UnsupportedError:
-    return UnsupportedError(message, field=where, value=value, hint=_HINT)

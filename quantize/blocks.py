@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fedge.errors import ConfigError, UnsupportedError
 from fedge.lora import AdapterLayout, LoraConfig
-from quantize.anatomy import Anatomy, layers_of, layers_path_of
+from quantize.anatomy import Anatomy
 from quantize.formats import BLOCK
 from quantize.placeholder import linear
+from quantize.watching import layers_of, layers_path_of
 
 MatrixModule: TypeAlias = Any  # nn.Linear, or transformers' Conv1D, which has no types
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedge.lora import DENSE, LoraConfig
-from quantize.anatomy import Anatomy, untraceable
+from quantize.anatomy import Anatomy
 from quantize.blocks import block_parameters, frozen_block
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import canonical, expand_powers, fold, select
@@ -23,6 +23,7 @@ from quantize.pieces import block_in_pieces
 from quantize.prologue import TABLE, export_prologue
 from quantize.tail import Tail
 from quantize.variants import block_variants
+from quantize.watching import untraceable
 from quantize.weights import Progress
 
 

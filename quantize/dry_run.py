@@ -38,10 +38,10 @@ from fedge.release import (
     encode_manifest,
     sign_manifest,
 )
-from quantize.anatomy import layers_of, layers_path_of
 from quantize.blocks import adapted_modules, graph_config, linears_of, matrix_of
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat
 from quantize.supported import check_config
+from quantize.watching import layers_of, layers_path_of
 
 # GGUF types whose grid a format of ours holds, smallest format first; a K-quant is refitted.
 _EXACT: Final = {

@@ -24,9 +24,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedge.errors import DataError, UnsupportedError, UsageError
 from fedge.lora import LoraConfig
-from quantize.anatomy import layers_of
 from quantize.blocks import linears_of
 from quantize.supported import kind_of
+from quantize.watching import layers_of
 
 CLASSES_MAX: Final = 10_000
 CLASS_CHARS_MAX: Final = 200

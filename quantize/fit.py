@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantize.anatomy import arguments_of
 from quantize.blocks import linears_of, matrix_of
 from quantize.formats import BLOCK, Parts, WeightFormat, assemble, decode
 from quantize.reference import positions_max
 from quantize.source import Source
+from quantize.watching import arguments_of
 
 FITTED: Final = ("int4d", "int4gz")  # the formats that are worth the minutes
 Progress = Callable[[str, float], None]

@@ -51,7 +51,9 @@ ROUNDED_ERROR_MAX: Final = 0.9  # where activations are rounded to 8 bits; unrel
 EXACT_LOSS_CHANGE_MAX: Final = 1e-3
 DECODE_ERROR_MAX: Final = 1e-5  # mean over labels, relative to the loss, adding in floats; measured 2e-6
 CACHE_ERROR_MAX: Final = 1e-4  # of a logit, relative to the largest
-DECODE_CHANGE_GOAL: Final = 0.03  # nats, of the shipped graph with 8-bit activations everywhere; measured 0.01
+DECODE_CHANGE_GOAL: Final = (
+    0.03  # nats, of the shipped graph with 8-bit activations everywhere; measured 0.01
+)
 DECODE_CHANGE_MAX: Final = 0.1  # nats, of the shipped graph, whose head rounds in any case
 
 POSITION_ERROR_MAX: Final = 1e-3  # relative, of the features at the worst position; a lost window is near 1

@@ -22,11 +22,12 @@ from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from quantize.anatomy import BATCH, LENGTH, Anatomy, Size, take, untraceable
+from quantize.anatomy import BATCH, LENGTH, Anatomy, Size, take
 from quantize.blocks import block_parameters
 from quantize.idle import drop_idle
 from quantize.placeholder import translations
 from quantize.sequences import cut_sequences
+from quantize.watching import untraceable
 
 OPSET: Final = 18  # the lowest that torch's exporter writes; older runtimes read it too
 _LENGTH_MAX: Final = 1 << 20

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from quantize.anatomy import Anatomy, Slot, arguments_of, take, unrotated, untraceable
+from quantize.anatomy import Anatomy, Slot, take, unrotated
 from quantize.joint import EXAMPLE, outer_dimensions, to_onnx, tracing
 from quantize.placeholder import DOMAIN, EMBEDDING
+from quantize.watching import arguments_of, untraceable
 
 TABLE: Final = "EMB"  # the embedding, quantised
 POSITIONS: Final = "POS"  # a table of learned positions, as it is

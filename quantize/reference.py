@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from fedge.lora import LoraConfig
-from quantize.anatomy import Anatomy, layers_of
+from quantize.anatomy import Anatomy
 from quantize.blocks import adapted_modules
 from quantize.prologue import Prologue
 from quantize.runner import IGNORE, Array
 from quantize.source import build_model
+from quantize.watching import layers_of
 
 _CUT_LAYERS: Final = 2
 _POSITIONS_ANY: Final = 131_072  # where a configuration sets no limit

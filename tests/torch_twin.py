@@ -19,7 +19,10 @@ def torch_twin(bundle: Bundle, source: Path) -> Any:
     """The model at `source` (a folder or a GGUF) with the bundle's decoded weights in it."""
     loaded = load(str(source))
     model, anatomy = loaded.model, loaded.anatomy
-    matrices = {"EMB": anatomy.embedding.weight, "HEAD": None if anatomy.head is None else anatomy.head.weight}
+    matrices = {
+        "EMB": anatomy.embedding.weight,
+        "HEAD": None if anatomy.head is None else anatomy.head.weight,
+    }
     for index, layer in enumerate(anatomy.layers):
         matrices |= {f"L{index}/{path}.w": matrix_of(module) for path, module in linears_of(layer).items()}
     manifest = bundle.manifest

@@ -97,4 +97,6 @@ def test_a_constant_block_has_a_usable_scale(value: float) -> None:
     for fmt in FORMATS.values():
         parts = encode(weight, fmt)
         assert (parts["s"] != 0).all() or fmt.name == "nf4"  # its absmax divides nothing
-        assert np.allclose(decode(parts, fmt), weight, rtol=5e-4 if fmt.name in ("int8g", "int4gz") else 1e-6), fmt.name
+        assert np.allclose(
+            decode(parts, fmt), weight, rtol=5e-4 if fmt.name in ("int8g", "int4gz") else 1e-6
+        ), fmt.name
