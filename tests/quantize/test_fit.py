@@ -91,7 +91,7 @@ def test_a_fitted_model_is_nearer_to_its_source_than_a_rounded_one(name: str, ti
     def divergence(model: Any) -> float:
         return float((before.exp() * (before - logits(model, ids))).sum(-1).mean())
 
-    assert divergence(tiny.model) < 0.7 * divergence(rounded)
+    assert divergence(tiny.model) < 0.8 * divergence(rounded)
     assert len(parts) == 14
     for parameter, value in tiny.model.named_parameters():  # the model is the gates' reference
         if parameter in parts:
