@@ -86,12 +86,12 @@ def test_a_fitted_model_is_nearer_to_its_source_than_a_rounded_one(name: str, ti
     for parameter, value in rounded.named_parameters():
         if ".layers." in parameter and value.dim() == 2:
             value.data = torch.from_numpy(decode(encode(value.detach().numpy(), fmt), fmt))
-    parts = fit(tiny, fmt, silent, Calibration(rows=16, tokens=64))
+    parts = fit(tiny, fmt, silent, Calibration(rows=512, tokens=32))  # little text leaves much to chance
 
     def divergence(model: Any) -> float:
         return float((before.exp() * (before - logits(model, ids))).sum(-1).mean())
 
-    assert divergence(tiny.model) < 0.8 * divergence(rounded)
+    assert divergence(tiny.model) < 0.7 * divergence(rounded)
     assert len(parts) == 14
     for parameter, value in tiny.model.named_parameters():  # the model is the gates' reference
         if parameter in parts:
