@@ -89,7 +89,10 @@ def test_rounds_of_every_rule_come_to_the_plain_mean(name: str) -> None:
     before, after = loss(fleet.rule, fleet.rule.initial()), loss(fleet.rule, fleet.state())
     exact = loss(fleet.rule, plain_means(fleet))
     assert after < 0.97 * before
-    assert after - exact < 0.15 * (before - exact)  # by rounding `core` has another basis, not a worse one
+    allowed = 0.15 * (before - exact)
+    assert after - exact < allowed
+    if name != "core":  # rounding gives `core` another basis, which may be a better one
+        assert exact - after < allowed
 
 
 def test_reports_are_as_long_as_the_part_that_travels() -> None:
