@@ -46,11 +46,11 @@ def _measure(name: str, folder: Path, seed: int) -> list[Row]:
     from torch_twin import torch_twin
 
     from edge_agent.bundle import open_bundle
+    from fedge.io.weight_file import map_weights
     from fedge.lora import LoraConfig
     from quantize.bundle import quantize
     from quantize.reference import Batch, random_adapter, torch_gradients
     from quantize.runner import Runner
-    from quantize.weights import map_weights
 
     family = families.FAMILIES[name]
     model = tiny.write_model(folder / "model", family.config())

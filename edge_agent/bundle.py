@@ -1,10 +1,10 @@
 """A device bundle on disk: verified first, then mapped, then read tensor by tensor.
 
 The rule: the signature is checked before the manifest is believed, every file's SHA-256 before any of them is
-opened for use, what every graph would do before a runtime gets it, and every tensor's place before the weights are
-mapped. Weights are clean pages of one file: the
-kernel may drop them at any time, and `let_go` drops those of a layer at once, so that a device holds in memory
-what it is computing with and not the whole model.
+opened for use, what every graph would do before a runtime gets it, so that a signed lie about the operators of a
+graph is found out as well, and every tensor's place before the weights are mapped. Weights are clean pages of one
+file: the kernel may drop them at any time, and `let_go` drops those of a layer at once, so that a device holds in
+memory what it is computing with and not the whole model.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle_audit import GRAPH_SUFFIX, check_graph_file
 from edge_agent.jobs import VerifiedStamp
 from fedge.errors import IntegrityError, NoInputError, StorageError, UnsupportedError
+from fedge.graph_audit import GRAPH_BYTES_MAX, check_graph, graph_facts
+from fedge.io.durable import storage_error
 from fedge.limits import MANIFEST_BYTES_MAX
 from fedge.lora import AdapterLayout
 from fedge.release import (
@@ -38,6 +39,7 @@ from fedge.release import (
 
 TRAINING_GRAPHS: Final = ("prologue", "block_fwd", "block_bwd", "norm_fwd", "norm_bwd", "rows", "ce")
 DTYPES: Final = frozenset({"uint8", "int8", "float16", "float32", "int32", "int64"})
+GRAPH_SUFFIX: Final = ".onnx"
 _ALIGNMENT: Final = 64
 
 
@@ -112,11 +114,11 @@ def open_bundle(
     for operator in manifest.operators:
         if operator not in OPERATORS_ALLOWED:
             raise UnsupportedError("operator is not allowed on a device", field="operators", value=operator)
-    looks = {name: _look(folder / name, entry) for name, entry in manifest.files.items()}
+    looks = {name: look(folder / name, entry) for name, entry in manifest.files.items()}
     stamp = VerifiedStamp(digest, looks)
     if verified != stamp:
         for name, entry in manifest.files.items():
-            _check_hash(folder / name, entry)
+            check_hash(folder / name, entry)
         for name in manifest.files:
             if name.endswith(GRAPH_SUFFIX):
                 check_graph_file(folder, name, manifest)
@@ -138,7 +140,8 @@ def _read_small(path: Path, bytes_max: int) -> bytes:
         raise StorageError(f"cannot read {path}: {error.strerror}", field="path", value=str(path)) from error
 
 
-def _look(path: Path, entry: FileEntry) -> tuple[int, int, int, int]:
+def look(path: Path, entry: FileEntry) -> tuple[int, int, int, int]:
+    """How a file of the bundle looks: inode, size, times of content and inode. Raises NoInputError, IntegrityError."""
     try:
         stat = path.stat()
     except FileNotFoundError as error:
@@ -150,7 +153,8 @@ def _look(path: Path, entry: FileEntry) -> tuple[int, int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _check_hash(path: Path, entry: FileEntry) -> None:
+def check_hash(path: Path, entry: FileEntry) -> None:
+    """Raises IntegrityError when the file is not what the manifest says."""
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != entry.sha256:
@@ -159,6 +163,39 @@ def _check_hash(path: Path, entry: FileEntry) -> None:
             field=path.name,
             value=found,
             hint="Fetch the bundle again",
+        )
+
+
+def check_graph_file(folder: Path, name: str, manifest: Manifest) -> set[str]:
+    """The operators of the graph `name`, which are allowed and announced. Raises UnsupportedError, IntegrityError.
+
+    Its tensors must lie in the bundle's own weight file: no other path, absolute, relative or escaping, is followed.
+    """
+    path = folder / name
+    try:
+        if path.stat().st_size > GRAPH_BYTES_MAX:
+            raise IntegrityError("graph is too large", field=name, value=path.stat().st_size)
+        facts = graph_facts(path.read_bytes())
+    except OSError as error:
+        raise storage_error(error, path, verb="read") from error
+    weights = manifest.files.get(WEIGHTS)
+    check_graph(name, facts, weights_bytes=weights.size if weights else 0)
+    hidden = sorted(facts.operators - set(manifest.operators))
+    if hidden:
+        raise IntegrityError(
+            f"{name} has an operator that the manifest does not name", field="operators", value=hidden[0]
+        )
+    return facts.operators
+
+
+def check_age(minimum: str, installed: str) -> None:
+    """Raises UnsupportedError when the installed runtime is older than the bundle needs."""
+    if _version(installed) < _version(minimum):
+        raise UnsupportedError(
+            "ONNX Runtime here is too old for this bundle",
+            field="runtime_min",
+            value=minimum,
+            hint=f"Installed is {installed}: upgrade onnxruntime",
         )
 
 
@@ -185,3 +222,7 @@ def _numbers(place: TensorPlace) -> int:
 
 def _bytes(place: TensorPlace) -> int:
     return _numbers(place) * np.dtype(place.dtype).itemsize
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())

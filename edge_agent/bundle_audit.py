@@ -1,49 +1,20 @@
 """Everything that can be wrong with a bundle's folder, found without opening any of it with a runtime.
 
-`audit` goes on after the first fault and lists all, for people; `check_graph_file` is the part that a device runs for
-every graph before it opens one, so that a signed lie about the operators of a graph is found out as well.
+The checks are those of `edge_agent.bundle`, which stops at the first fault; `audit` goes on and lists all, for people.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
 
+from edge_agent.bundle import GRAPH_SUFFIX, check_age, check_graph_file, check_hash, check_places, look
 from fedge.errors import FedgeError, IntegrityError, NoInputError, UnsupportedError
-from fedge.graph_audit import GRAPH_BYTES_MAX, check_graph, graph_facts
 from fedge.io.durable import storage_error
-from fedge.release import MANIFEST, OPERATORS_ALLOWED, SIGNATURE, WEIGHTS, Manifest
-
-GRAPH_SUFFIX: Final = ".onnx"
+from fedge.release import MANIFEST, OPERATORS_ALLOWED, SIGNATURE, Manifest
 
 
-def check_graph_file(folder: Path, name: str, manifest: Manifest) -> set[str]:
-    """The operators of the graph `name`, which are allowed and announced. Raises UnsupportedError, IntegrityError.
-
-    Its tensors must lie in the bundle's own weight file: no other path, absolute, relative or escaping, is followed.
-    """
-    path = folder / name
-    try:
-        if path.stat().st_size > GRAPH_BYTES_MAX:
-            raise IntegrityError("graph is too large", field=name, value=path.stat().st_size)
-        facts = graph_facts(path.read_bytes())
-    except OSError as error:
-        raise storage_error(error, path, verb="read") from error
-    weights = manifest.files.get(WEIGHTS)
-    check_graph(name, facts, weights_bytes=weights.size if weights else 0)
-    hidden = sorted(facts.operators - set(manifest.operators))
-    if hidden:
-        raise IntegrityError(
-            f"{name} has an operator that the manifest does not name", field="operators", value=hidden[0]
-        )
-    return facts.operators
-
-
-def audit(
-    folder: Path, manifest: Manifest, check_places: Callable[[Manifest], None], runtime: str | None = None
-) -> list[FedgeError]:
+def audit(folder: Path, manifest: Manifest, runtime: str | None = None) -> list[FedgeError]:
     """All faults of the folder, the gravest first: missing and changed files, graphs, tensors, the runtime's age."""
     found: list[FedgeError] = []
     whole: set[str] = set()
@@ -67,17 +38,6 @@ def audit(
     return found
 
 
-def check_age(minimum: str, installed: str) -> None:
-    """Raises UnsupportedError when the installed runtime is older than the bundle needs."""
-    if _version(installed) < _version(minimum):
-        raise UnsupportedError(
-            "ONNX Runtime here is too old for this bundle",
-            field="runtime_min",
-            value=minimum,
-            hint=f"Installed is {installed}: upgrade onnxruntime",
-        )
-
-
 def _file_fault(path: Path, manifest: Manifest) -> FedgeError | None:
     entry = manifest.files[path.name]
     if path.is_symlink():
@@ -90,19 +50,12 @@ def _file_fault(path: Path, manifest: Manifest) -> FedgeError | None:
     if not path.is_file():
         return NoInputError("file of the bundle is missing", field="files", value=path.name)
     try:
-        if (size := path.stat().st_size) != entry.size:
-            return IntegrityError("file of the bundle has another size", field=path.name, value=size)
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        look(path, entry)
+        check_hash(path, entry)
     except OSError as error:
         return storage_error(error, path, verb="read")
-    if found != entry.sha256:
-        return IntegrityError(
-            "file of the bundle is not what the manifest says",
-            field=path.name,
-            value=found,
-            hint="Fetch the bundle again",
-        )
+    except FedgeError as error:
+        return error
     return None
 
 
@@ -129,7 +82,3 @@ def _raised(check: Callable[[], None]) -> Iterator[FedgeError]:
         check()
     except FedgeError as error:
         yield error
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())

@@ -87,13 +87,12 @@ def _show(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     import onnxruntime
 
-    from edge_agent.bundle import check_places
     from edge_agent.bundle_audit import audit
 
     publisher = _key(arguments.publisher) if arguments.publisher else None
     sha256 = _hexadecimal("sha256", arguments.sha256) if arguments.sha256 else None
     manifest = _open(arguments.bundle, publisher, sha256)
-    faults = audit(arguments.bundle, manifest, check_places, str(onnxruntime.__version__))
+    faults = audit(arguments.bundle, manifest, str(onnxruntime.__version__))
     found = {
         "bundle": str(arguments.bundle),
         "whole": not faults,

@@ -2,7 +2,7 @@
 
 The rule: no path exists on which a file counts as loaded while some of it was not used. Every tensor in the file
 and every slot in the model is accounted for, and a config value that would change the function computed, and that
-we do not compute, stops the import by its field name. Files are `hub/peft.py`'s affair.
+we do not compute, stops the import by its field name. Files are `fedge/io/peft_folder.py`'s affair.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,17 +32,19 @@ GROWTH: Final = 1.5  # of that room when a sum has wrapped: the same bloc comes 
 _STEPS_MEMORY: Final = 32  # sums that the running mean of steps looks back on, about
 
 
-class Travels(Protocol):
-    """What a device sends in a round: how many numbers, and what the last sums of that kind were like."""
+@dataclass(frozen=True, slots=True)
+class RoundPart:
+    """What a device sends in a round: name, how many numbers; `spread`, `mean_norm` of the last sums of its kind."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def numbers(self) -> int: ...
-    @property
-    def spread(self) -> float: ...
-    @property
-    def mean_norm(self) -> float: ...
+    name: str
+    numbers: int
+    spread: float
+    mean_norm: float
+
+
+def usual_part(campaign: CampaignRow) -> RoundPart:
+    """What travels under `ffa`, in every round: B."""
+    return RoundPart("b", campaign.numbers, campaign.spread, campaign.mean_norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +78,19 @@ class OpenedSum:
         }
 
 
-def next_codec(campaign: CampaignRow, steps: int, seed: bytes, part: Travels | None = None) -> UpdateCodec:
+def next_codec(campaign: CampaignRow, steps: int, seed: bytes, part: RoundPart | None = None) -> UpdateCodec:
     """The codec of the next OPEN: from the sums opened of late, or from public bounds (16 bits) while there is none.
 
     Also after a sum that wrapped, which a `spread` below 0 says. No room is made beyond what all devices at the clip
     bound could fill, however many sums have wrapped. `part`: what travels, where that is not the campaign's usual.
     """
-    devices = campaign.bloc_devices
-    numbers, spread, norm = campaign.numbers, campaign.spread, campaign.mean_norm
-    if part is not None:
-        numbers, spread, norm = part.numbers, part.spread, part.mean_norm
-    if part is not None and part.name == "probe":
-        return coding.probe_codec(campaign.training.rate, numbers, devices, seed)
-    if spread <= 0 or norm <= 0:
-        return coding.first_codec(steps, campaign.training.rate, numbers, devices, seed)
-    most = coding.aligned_spread(coding.CLIP_SLACK * norm, numbers, devices)
-    return coding.next_codec(min(spread, most), norm, devices, seed)
+    part, devices = part or usual_part(campaign), campaign.bloc_devices
+    if part.name == "probe":
+        return coding.probe_codec(campaign.training.rate, part.numbers, devices, seed)
+    if part.spread <= 0 or part.mean_norm <= 0:
+        return coding.first_codec(steps, campaign.training.rate, part.numbers, devices, seed)
+    most = coding.aligned_spread(coding.CLIP_SLACK * part.mean_norm, part.numbers, devices)
+    return coding.next_codec(min(part.spread, most), part.mean_norm, devices, seed)
 
 
 def roomy(known: float, seen: float) -> float:

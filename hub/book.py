@@ -356,9 +356,7 @@ class Book:
     def _fallen_silent(self, now: float) -> list[Contact]:
         """The waiting devices that were not heard for too long, once each."""
         found: list[Contact] = []
-        over = (
-            now // _SLOT_SECONDS
-        )  # the first slot that is not over; of most ticks the one of the tick before
+        over = now // _SLOT_SECONDS  # the first slot that is not; of most ticks, that of the tick before
         if over == self._looked_until:
             return found
         self._looked_until = over

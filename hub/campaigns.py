@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 from fedge import limits
 from fedge.errors import ConfigError, NoInputError
 from fedge.io.peft_folder import read_peft
-from fedge.lora import DENSE, RULES, AdapterLayout
+from fedge.io.weight_file import dense_starts
+from fedge.lora import RULES, AdapterLayout
 from fedge.messages import Training
 from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, Manifest, open_manifest
 from fedge.rules import RATES, rule_of, started_from
@@ -70,7 +70,7 @@ def make_campaign(
     rule = rule_of(wish.rule, layout, a_seed)
     first = rule.initial()
     if wish.start_from is not None:
-        starts = dense_starts(manifest, bundle / WEIGHTS)
+        starts = dense_starts(bundle / WEIGHTS, manifest)
         first = _started_from(wish.start_from, wish.rule, layout, a_seed, starts, tell)
     for name, entry in manifest.files.items():
         blobs.adopt(bundle / name, entry.sha256)
@@ -203,17 +203,3 @@ def _started_from(
         tell(f"{folder}: {notice}")
     changes = {name: found.tensors[name] - starts[name] for name in found.layout.dense_shapes}
     return started_from(rule, layout, a_seed, found.layout, {**found.tensors, **changes})
-
-
-def dense_starts(manifest: Manifest, weights_file: Path) -> dict[str, Floats]:
-    """What the dense part of the adapter is a change of, by name, from the bundle's weight file."""
-    if not manifest.dense:
-        return {}
-    weights = np.memmap(weights_file, np.uint8, "r")
-    found = {}
-    for name in map(DENSE.__add__, manifest.dense):
-        place = manifest.tensors[name]
-        size = prod(place.shape) * np.dtype(place.dtype).itemsize
-        data = weights[place.offset : place.offset + size].tobytes()
-        found[name] = np.frombuffer(data, place.dtype).reshape(place.shape).astype(np.float32)
-    return found

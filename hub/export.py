@@ -6,7 +6,6 @@ Whatever the campaign's rule: what is written are A and B of the same function.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 import msgspec
 import numpy as np
@@ -14,14 +13,11 @@ from numpy.typing import NDArray
 
 from fedge.errors import DataError, IntegrityError
 from fedge.io.adapter_file import adapter_of, write_adapter
-from fedge.io.peft_folder import write_peft_tensors
+from fedge.io.peft_folder import export_peft
 from fedge.release import WEIGHTS, Manifest
 from fedge.rules import Rule, rule_of
 from hub.blobs import Blobs
-from hub.campaigns import dense_starts
 from hub.effects import CampaignRow
-
-_TASK_TYPES: Final = {"generate": "CAUSAL_LM", "classify": "SEQ_CLS", "embed": "FEATURE_EXTRACTION"}
 
 
 def export_adapter(campaign: CampaignRow, blobs: Blobs, out: Path) -> None:
@@ -30,20 +26,8 @@ def export_adapter(campaign: CampaignRow, blobs: Blobs, out: Path) -> None:
     Raises IntegrityError when the adapter does not fit the bundle, StorageError, NoInputError.
     """
     manifest, rule, state = _read(campaign, blobs)
-    tensors = rule.tensors(state)
     weights = blobs.folder / manifest.files[WEIGHTS].sha256
-    for name, start in dense_starts(manifest, weights).items():
-        tensors[name] = tensors[name] + start
-    write_peft_tensors(
-        out,
-        tensors,
-        campaign.lora,
-        manifest.model,
-        layout=rule.layout,
-        task_type=_TASK_TYPES.get(manifest.task),
-        fan_in_fan_out=manifest.architecture.startswith("GPT2"),
-        classes=manifest.classes,
-    )
+    export_peft(out, rule.tensors(state), campaign.lora, manifest, weights, layout=rule.layout)
 
 
 def export_file(campaign: CampaignRow, blobs: Blobs, out: Path) -> None:

@@ -7,7 +7,6 @@ nothing more than those two must be kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -16,20 +15,10 @@ import numpy as np
 from fedge.lora import AdapterLayout
 from fedge.rules import Rule, rule_of
 from hub import aggregation
-from hub.aggregation import OpenedSum
+from hub.aggregation import OpenedSum, RoundPart
 from hub.effects import BlocRow, CampaignRow, RoundRow
 
 _LITTLE: Final = np.dtype("<f4")
-
-
-@dataclass(frozen=True, slots=True)
-class RoundPart:
-    """Its name and how many numbers a device sends; `spread` and `mean_norm` of the last sums of this kind."""
-
-    name: str
-    numbers: int
-    spread: float
-    mean_norm: float
 
 
 def rule(campaign: CampaignRow) -> Rule:
@@ -57,7 +46,7 @@ def next_round(campaign: CampaignRow, bloc: BlocRow) -> int:
 def part_of(campaign: CampaignRow, number: int, base_version: int) -> RoundPart:
     """What travels in a bloc's round `number` from the adapter `base_version`."""
     if campaign.training.rule == "ffa":
-        return RoundPart("b", campaign.numbers, campaign.spread, campaign.mean_norm)
+        return aggregation.usual_part(campaign)
     probing = campaign.probes and base_version == 0
     part = rule(campaign).part(number, probing=probing)
     tuned = campaign.spread, campaign.mean_norm

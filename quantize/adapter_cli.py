@@ -32,7 +32,6 @@ examples:
 """
 _TARGETS: Final = ("peft", "gguf", "hf", "optimum")
 _NONE: Final = "none"
-_PEFT_TASKS: Final = {"generate": "CAUSAL_LM", "classify": "SEQ_CLS"}
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -191,8 +190,9 @@ def _diff(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from fedge.io.peft_folder import write_peft_tensors
-    from quantize.interop.bundle_weights import peft_tensors, read_manifest
+    from fedge.io.peft_folder import export_peft
+    from fedge.release import WEIGHTS
+    from quantize.interop.bundle_weights import check_hash, read_manifest
     from quantize.interop.opening import adapter_for, opened
 
     if arguments.out.exists():
@@ -212,16 +212,11 @@ def _export(arguments: argparse.Namespace) -> None:
     adapter = adapter_for(arguments.adapter, manifest)
     said: dict[str, Any] = {"out": str(arguments.out), "to": arguments.to, "model": manifest.model}
     if arguments.to == "peft":
-        write_peft_tensors(
-            arguments.out,
-            peft_tensors(arguments.bundle, manifest, adapter),
-            adapter.header.lora,
-            manifest.model,
-            layout=adapter.header.layout,
-            task_type=_PEFT_TASKS.get(manifest.task, "FEATURE_EXTRACTION"),
-            fan_in_fan_out=manifest.architecture.startswith("GPT2"),
-            classes=manifest.classes,
-        )
+        if manifest.dense:
+            check_hash(arguments.bundle, manifest)
+        lora, layout = adapter.header.lora, adapter.header.layout
+        weights = arguments.bundle / WEIGHTS
+        export_peft(arguments.out, adapter.tensors, lora, manifest, weights, layout=layout)
     elif arguments.to == "gguf":
         from quantize.interop.gguf_lora import write_gguf_lora
 

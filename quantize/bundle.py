@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedge.errors import UnsupportedError, UsageError
 from fedge.io import durable
+from fedge.io.weight_file import map_weights
 from fedge.lora import DENSE, LoraConfig
 from fedge.release import (
     FORMAT,
@@ -49,7 +50,7 @@ from quantize.probe import make_probe
 from quantize.reference import positions_max
 from quantize.source import Source, file_digest, load
 from quantize.training import head_dim, training_graphs
-from quantize.weights import Progress, map_weights, quantise, write_weights
+from quantize.weights import Progress, quantise, write_weights
 
 # 1.22.1 has no GatherBlockQuantized over uint8; 1.23.2, 1.24.1 and 1.32.0 give the same digits.
 RUNTIME_MIN: Final = "1.23.2"

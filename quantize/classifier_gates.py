@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fedge.io.weight_file import map_weights
 from fedge.lora import DENSE, LoraConfig
 from fedge.release import WEIGHTS
 from quantize import encoders, gates
@@ -36,7 +37,7 @@ from quantize.reference import (
 )
 from quantize.runner import Array, Runner
 from quantize.source import Source
-from quantize.weights import Progress, map_weights, quantise
+from quantize.weights import Progress, quantise
 
 GRAPHS: Final = ("prologue", "block_fwd", "block_bwd", "classify")
 LOGITS_ERROR_MAX: Final = 1e-3  # relative, of the graphs against torch; measured 2e-6

@@ -11,7 +11,7 @@ The rule: names of classes come from the checkpoint or from the user, never from
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fedge.errors import DataError, UnsupportedError, UsageError
+from fedge.errors import UnsupportedError, UsageError
 from fedge.lora import LoraConfig
 from quantize.blocks import linears_of
+from quantize.checkpoint import read_checkpoint
 from quantize.supported import kind_of
 from quantize.watching import layers_of
 
@@ -63,7 +64,9 @@ class MeanPooled(nn.Module):
     @classmethod
     def from_folder(cls, folder: str | Path, classes: int) -> MeanPooled:
         """The encoder in a model folder, and a head for so many classes. Raises DataError."""
-        return cls(_read(AutoModel, Path(folder), optional=("pooler.",), surplus=True), classes).eval()
+        return cls(
+            read_checkpoint(AutoModel, Path(folder), optional=("pooler.",), surplus=True), classes
+        ).eval()
 
     def get_input_embeddings(self) -> Any:
         """The table of token embeddings."""
@@ -96,7 +99,7 @@ def open_classifier(folder: Path, architecture: str, classes: Sequence[str]) -> 
                 hint="--classes yes,no or --classes-from FILE, one a line",
             )
         return Classifier(MeanPooled.from_folder(folder, len(classes)), tuple(classes))
-    model = _read(AutoModelForSequenceClassification, folder)
+    model = read_checkpoint(AutoModelForSequenceClassification, folder)
     problem, count = model.config.problem_type, int(model.config.num_labels)
     if problem not in _PROBLEMS or count < 2:
         raise UnsupportedError(
@@ -142,30 +145,3 @@ def with_targets(model: Any, lora: LoraConfig) -> LoraConfig:
         return lora
     found = next((names for names in _TARGETS if last.issuperset(names)), lora.targets)
     return msgspec.structs.replace(lora, targets=found)
-
-
-def _read(kind: Any, folder: Path, *, optional: tuple[str, ...] = (), surplus: bool = False) -> Any:
-    """A model of safetensors, every tensor accounted for but those that begin with `optional`, and `surplus` ones."""
-    try:
-        model, report = kind.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DataError("the model folder cannot be loaded", field="model", value=str(error)) from error
-    odd = _unaccounted(report, optional, surplus)
-    if odd:
-        raise DataError("weights and config.json do not belong together", field="tensors", value=odd[:4])
-    model.config.use_cache = False
-    return model.eval()
-
-
-def _unaccounted(report: Mapping[str, Any], optional: tuple[str, ...], surplus: bool) -> list[str]:
-    missing = [name for name in map(str, report["missing_keys"]) if not name.startswith(optional)]
-    more = [] if surplus else list(map(str, report["unexpected_keys"]))
-    return sorted([*missing, *more, *map(str, report["mismatched_keys"])])

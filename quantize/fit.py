@@ -232,9 +232,8 @@ def _least_squares(bases: Tensor, moments: Tensor, target: Tensor, now: Tensor) 
     right = torch.einsum("rub,rub->ru", bases, target.reshape(rows, count, BLOCK)[:, blocks])
     right -= (normal @ now[..., None])[..., 0]
     diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal += _RIDGE * diagonal + 1e-9 * diagonal.mean(
-        1, keepdim=True
-    )  # codes that are all 0 have no scale
+    least = 1e-9 * diagonal.mean(1, keepdim=True)  # codes that are all 0 have no scale
+    diagonal += _RIDGE * diagonal + least
     return now + torch.linalg.solve(normal, right)
 
 

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fedge.errors import IntegrityError
+from fedge.io.weight_file import map_weights
 from fedge.lora import LoraConfig
 from fedge.release import OPERATORS_ALLOWED, WEIGHTS, TensorPlace
 from quantize.decode import LEVEL_EXACT, at_level
@@ -41,7 +42,7 @@ from quantize.reference import (
 )
 from quantize.runner import IGNORE, Array, Decoder, Runner
 from quantize.source import Source
-from quantize.weights import Progress, map_weights, quantise
+from quantize.weights import Progress, quantise
 
 # Relative, per tensor: 1e-6 as a rule, 3e-5 where random attention saturates; planted mistakes are far above.
 CUT_GRADIENT_ERROR_MAX: Final = 1e-4
@@ -51,9 +52,7 @@ ROUNDED_ERROR_MAX: Final = 0.9  # where activations are rounded to 8 bits; unrel
 EXACT_LOSS_CHANGE_MAX: Final = 1e-3
 DECODE_ERROR_MAX: Final = 1e-5  # mean over labels, relative to the loss, adding in floats; measured 2e-6
 CACHE_ERROR_MAX: Final = 1e-4  # of a logit, relative to the largest
-DECODE_CHANGE_GOAL: Final = (
-    0.03  # nats, of the shipped graph with 8-bit activations everywhere; measured 0.01
-)
+DECODE_CHANGE_GOAL: Final = 0.03  # nats, with 8-bit activations everywhere; measured 0.01
 DECODE_CHANGE_MAX: Final = 0.1  # nats, of the shipped graph, whose head rounds in any case
 
 POSITION_ERROR_MAX: Final = 1e-3  # relative, of the features at the worst position; a lost window is near 1

@@ -19,26 +19,19 @@ from torch.export import Dim
 from quantize.anatomy import Anatomy, Slot, take, unrotated
 from quantize.joint import EXAMPLE, outer_dimensions, to_onnx, tracing
 from quantize.placeholder import DOMAIN, EMBEDDING
-from quantize.watching import arguments_of, untraceable
+from quantize.watching import StandIn, arguments_of, untraceable
 
 TABLE: Final = "EMB"  # the embedding, quantised
 POSITIONS: Final = "POS"  # a table of learned positions, as it is
 _ROWS: Final = 17  # of the traced embedding; any other number works at run time
 
 
-class _Stub(nn.Module):
-    """Stands where a layer stood, notes the call, and looks like the layer to whoever asks it something."""
+class _Stub(StandIn):
+    """Notes its call."""
 
     def __init__(self, layer: nn.Module, hidden: str, calls: list[dict[str, Any]]) -> None:
-        super().__init__()
-        self._layer = [layer]  # in a list: its parameters are none of this module's
+        super().__init__(layer)
         self._hidden, self._calls = hidden, calls
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)
 
     def forward(self, *args: Any, **words: Any) -> Any:
         arguments = arguments_of(self._layer[0], args, words)

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from fedge.errors import DataError, NoInputError, UnavailableError, UnsupportedError, UsageError
 from fedge.io.model_source import ModelSource, resolve_model
 from quantize import tokenizer as tokenizers
 from quantize.anatomy import Anatomy, dissect
 from quantize.chat_template import template_in, tokens_in
+from quantize.checkpoint import read_checkpoint
 from quantize.encoders import open_classifier
 from quantize.formats import Parts
 from quantize.supported import check_config, kind_of
@@ -91,8 +93,6 @@ def file_digest(path: Path) -> str:
 
 def build_model(config: Any) -> Any:
     """An empty float32 model of a transformers configuration, with the attention that exports."""
-    from transformers import AutoModelForCausalLM
-
     config._attn_implementation = "eager"
     config.use_cache = False
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
@@ -132,7 +132,7 @@ def _load_folder(folder: Path, *, name: str, licence: str, classes: Sequence[str
         if classes:
             raise _no_classes(architecture)
         eos, pad = _end_and_pad(config, folder)
-        model = _read_weights(folder)
+        model = read_checkpoint(AutoModelForCausalLM, folder)
     else:
         pad = _pad_of(config)
         eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else pad
@@ -192,30 +192,6 @@ def _from_hub(place: ModelSource) -> Path:
             value=place.hub_id,
             hint="Check the network, or give a local folder or GGUF",
         ) from error
-
-
-def _read_weights(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            use_cache=False,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DataError("the model folder cannot be loaded", field="model", value=str(error)) from error
-    odd = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if odd:
-        raise DataError(
-            "weights and config.json do not belong together", field="tensors", value=sorted(map(str, odd))[:4]
-        )
-    return model.eval()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from quantize.watching import StandIn
+
 
 @dataclass(frozen=True, slots=True)
 class TailNames:
@@ -38,19 +40,12 @@ class TailNames:
 NO_TAIL: Final = TailNames()
 
 
-class _Passing(nn.Module):
-    """Stands where a layer stood, gives back what it is given first, and looks like the layer to whoever asks."""
+class _Passing(StandIn):
+    """Gives back what it is given first, or what is `given` in its place."""
 
     def __init__(self, layer: nn.Module, tuples: bool, given: list[Tensor] | None) -> None:
-        super().__init__()
-        self._layer = [layer]  # in a list: its parameters are none of this module's
+        super().__init__(layer)
         self._tuples, self._given = tuples, given
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)
 
     def forward(self, *args: Any, **words: Any) -> Any:
         hidden = self._given[0] if self._given else args[0] if args else next(iter(words.values()))

@@ -34,7 +34,7 @@ class Seen:
     outputs: list[Tensor]
     after: list[
         tuple[str, nn.Module, Tensor, Tensor]
-    ]  # modules called outside the layers: name, input, output
+    ]  # called outside the layers: name, module, input, output
     logits: Tensor
     tuples: bool = False
 
@@ -156,3 +156,17 @@ def untraceable(where: str, module: nn.Module, error: Exception) -> UnsupportedE
 
 def odd(message: str, where: str, value: object) -> UnsupportedError:
     return UnsupportedError(message, field=where, value=value, hint=_HINT)
+
+
+class StandIn(nn.Module):
+    """Stands where a layer stood, and looks like the layer to whoever asks it something."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = [layer]  # in a list: its parameters are none of this module's
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)

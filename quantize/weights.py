@@ -82,18 +82,6 @@ def write_weights(path: Path, tensors: Tensors) -> dict[str, TensorPlace]:
     return places
 
 
-def map_weights(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, npt.NDArray]:
-    """The tensors of a weight file as read-only views of one mapping."""
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    return {name: _view(data, place) for name, place in places.items()}
-
-
-def _view(data: npt.NDArray[np.uint8], place: TensorPlace) -> npt.NDArray:
-    dtype = np.dtype(place.dtype)
-    end = place.offset + int(np.prod(place.shape)) * dtype.itemsize
-    return data[place.offset : end].view(dtype).reshape(place.shape)
-
-
 def _parts(
     source: Source,
     full: str,

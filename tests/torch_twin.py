@@ -8,6 +8,8 @@ import torch
 
 from edge_agent.bundle import Bundle
 from edge_agent.trainer import BatchArrays
+from fedge.io.peft_folder import write_peft
+from fedge.lora import AdapterLayout, LoraConfig
 from quantize.blocks import linears_of, matrix_of
 from quantize.formats import FORMATS, decode
 from quantize.source import load
@@ -54,3 +56,10 @@ def b_gradients(model: Any, batch: BatchArrays) -> tuple[float, dict[str, np.nda
             layer, _, path = name.partition(".layers.")[2].partition(".")
             found[f"L{layer}/{path.partition('.lora_B')[0]}.B"] = parameter.grad.numpy()
     return loss.item(), found
+
+
+def write_vector(
+    folder: Path, layout: AdapterLayout, config: LoraConfig, a_seed: bytes, vector: np.ndarray, base: str
+) -> None:
+    """A PEFT folder of an adapter under the rule `ffa`."""
+    write_peft(folder, {**layout.frozen(a_seed), **layout.split(vector)}, config, base, layout=layout)

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edge_agent.bundle import check_age
 from fedge.errors import UnsupportedError
 
 Tensor = NDArray[np.generic]
@@ -29,13 +30,7 @@ _shared: list[str] = []  # the environment's arena is registered once for a proc
 
 def check_runtime(minimum: str) -> None:
     """Raises UnsupportedError when the installed runtime is older than the bundle needs."""
-    if _version(ort.__version__) < _version(minimum):
-        raise UnsupportedError(
-            "ONNX Runtime here is too old for this bundle",
-            field="runtime_min",
-            value=minimum,
-            hint=f"Installed is {ort.__version__}: upgrade onnxruntime",
-        )
+    check_age(minimum, ort.__version__)
 
 
 class Graph:
@@ -92,10 +87,6 @@ def _share_arena() -> None:
     settings = {"arena_extend_strategy": _AS_REQUESTED, "max_dead_bytes_per_chunk": _DEAD_BYTES_MAX}
     ort.create_and_register_allocator(place, ort.OrtArenaCfg(settings))
     _shared.append("cpu")
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
 
 
 def _first_line(error: Exception) -> str:

@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from fedge.errors import DataError, NoInputError
 from fedge.io import durable
 from fedge.io.safetensors_file import encode_tensors, read_tensors, widened
+from fedge.io.weight_file import dense_starts
 from fedge.lora import LAYER_PATH, AdapterLayout, LoraConfig
 from fedge.peft import CONFIG_FILE, TENSOR_FILE, lora_config, match_names, peft_config, peft_name
+from fedge.release import Manifest
 
 Floats = NDArray[np.float32]
+_TASK_TYPES: Final = {"generate": "CAUSAL_LM", "classify": "SEQ_CLS", "embed": "FEATURE_EXTRACTION"}
 LABELS_FILE: Final = "labels.json"
 TENSOR_FILE_BYTES_MAX: Final = 512 * 1024**2  # twice the largest adapter in float32, and room
 
@@ -40,20 +43,34 @@ class PeftAdapter:
     layout: AdapterLayout
 
 
-def write_peft(
+def export_peft(
     folder: Path,
-    layout: AdapterLayout,
+    tensors: Mapping[str, Floats],
     config: LoraConfig,
-    a_seed: bytes,
-    b_vector: Floats,
-    base_model_name: str,
+    manifest: Manifest,
+    weights: Path,
+    *,
+    layout: AdapterLayout,
 ) -> None:
-    """Write the adapter so that `peft.PeftModel.from_pretrained` loads it. Raises StorageError, DataError."""
-    tensors = {**layout.frozen(a_seed), **layout.split(b_vector)}
-    write_peft_tensors(folder, tensors, config, base_model_name, layout=layout)
+    """Write an adapter of the bundle that `manifest` describes, so that `peft.PeftModel.from_pretrained` loads it.
+
+    `tensors` are the adapter's: what is dense is the change, and its start is read from the checked weight file at
+    `weights`. Raises StorageError, DataError.
+    """
+    starts = dense_starts(weights, manifest)
+    write_peft(
+        folder,
+        {name: tensor + starts[name] if name in starts else tensor for name, tensor in tensors.items()},
+        config,
+        manifest.model,
+        layout=layout,
+        task_type=_TASK_TYPES.get(manifest.task),
+        fan_in_fan_out=manifest.architecture.startswith("GPT2"),
+        classes=manifest.classes,
+    )
 
 
-def write_peft_tensors(
+def write_peft(
     folder: Path,
     tensors: Mapping[str, Floats],
     config: LoraConfig,
@@ -64,11 +81,10 @@ def write_peft_tensors(
     fan_in_fan_out: bool = False,
     classes: Sequence[str] = (),
 ) -> None:
-    """The same of tensors by our names, A and B alike: for an A that does not follow from a seed.
+    """Write tensors by our names, A and B alike. What is dense is written as given: the value, not the change.
 
-    What is dense is written as given: the value itself, not the change. Without a `layout` the layers are taken to be
-    at `model.layers`. Names of `classes` go beside it, in the words in which transformers takes them for a model:
-    `AutoModelForSequenceClassification.from_pretrained(base, **labels)`.
+    Without a `layout` the layers are taken to be at `model.layers`. Names of `classes` go beside it, in the words in
+    which transformers takes them for a model: `AutoModelForSequenceClassification.from_pretrained(base, **labels)`.
     """
     path = LAYER_PATH if layout is None else layout.layer_path
     named = {peft_name(name, path): tensor for name, tensor in tensors.items()}

@@ -11,11 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.errors import IntegrityError, NoInputError
-from fedge.io.adapter_file import Adapter
-from fedge.lora import DENSE
+from fedge.io.weight_file import map_weights
 from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, Manifest, open_manifest
 from quantize.formats import FORMATS, decode
-from quantize.weights import map_weights
 
 _TABLE, _HEAD = "EMB", "HEAD"
 
@@ -34,17 +32,6 @@ def read_manifest(bundle: Path) -> Manifest:
     return open_manifest(data, signature)
 
 
-def peft_tensors(bundle: Path, manifest: Manifest, adapter: Adapter) -> dict[str, NDArray[np.float32]]:
-    """The adapter's tensors as PEFT keeps them: what is trained in full as values, not as changes of the start."""
-    tensors = dict(adapter.tensors)
-    dense = [name for name in tensors if name.startswith(DENSE)]
-    if dense:
-        _check_hash(bundle, manifest)
-        start = map_weights(bundle / WEIGHTS, {name: manifest.tensors[name] for name in dense})
-        tensors |= {name: tensors[name] + start[name] for name in dense}
-    return tensors
-
-
 class Matrices(Mapping[str, NDArray[np.float32]]):
     """Place in the weight file (`L3/self_attn.q_proj`, `EMB`, `HEAD`) -> (out, in) float32, decoded when asked for.
 
@@ -52,7 +39,7 @@ class Matrices(Mapping[str, NDArray[np.float32]]):
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        _check_hash(folder, manifest)
+        check_hash(folder, manifest)
         self._tensors = map_weights(folder / WEIGHTS, manifest.tensors)
         self._manifest = manifest
         self._stems = {
@@ -105,7 +92,8 @@ def _weight_of(model: Any, module: Any) -> str:
     return next(f"{name}.weight" for name, found in model.named_modules() if found is module)
 
 
-def _check_hash(folder: Path, manifest: Manifest) -> None:
+def check_hash(folder: Path, manifest: Manifest) -> None:
+    """Raises NoInputError or IntegrityError unless the weight file is the one that the manifest says."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise NoInputError("bundle is not whole", field="bundle", value=str(path))

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from torch_twin import b_gradients, torch_twin
+from torch_twin import b_gradients, torch_twin, write_vector
 from training_scene import SEED, Poisoned, make_batch, random_b
 
 from edge_agent.bundle import Bundle, open_bundle
@@ -18,7 +18,6 @@ from edge_agent.dataset import IGNORE, Batch
 from edge_agent.trainer import AdamW, Trainer, train_round
 from edge_agent.trainer.sessions import check_runtime
 from fedge.errors import ConfigError, DataError, UnsupportedError
-from hub.peft import write_peft
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def test_gradients_are_those_of_torch_autograd(
     from peft import PeftModel
 
     vector = random_b(trainer)
-    write_peft(tmp_path, trainer.layout, bundle.manifest.lora, SEED, vector, "tiny")
+    write_vector(tmp_path, trainer.layout, bundle.manifest.lora, SEED, vector, "tiny")
     twin = PeftModel.from_pretrained(torch_twin(bundle, tiny_model), str(tmp_path), is_trainable=True)
     batch = make_batch(rows, width, padded=padded)
 

@@ -19,6 +19,7 @@ from fedge.authority import fingerprint
 from fedge.cli import main
 from fedge.errors import ConfigError
 from fedge.io.adapter_file import read_adapter
+from fedge.io.peft_folder import read_peft
 from fedge.joining import JoinToken
 from fedge.lora import AdapterLayout, LoraConfig
 from fedge.release import (
@@ -34,7 +35,6 @@ from fedge.release import (
 from hub.blobs import Blobs
 from hub.campaigns import Wish, check
 from hub.effects import LedgerEntry
-from hub.peft import read_peft
 from hub.standing import standing
 from hub.store import FILE, Store
 

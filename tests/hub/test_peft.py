@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch_twin import mean_loss, torch_twin
+from torch_twin import mean_loss, torch_twin, write_vector
 
 from edge_agent.bundle import Bundle, open_bundle
 from edge_agent.dataset import (
@@ -25,11 +25,11 @@ from edge_agent.dataset import (
 from edge_agent.trainer import Trainer
 from fedge.errors import DataError, NoInputError, UnsupportedError
 from fedge.io.assets import pull
+from fedge.io.peft_folder import read_peft
 from fedge.lora import AdapterLayout, LoraConfig
 from fedge.messages import Template
 from fedge.peft import CONFIG_FILE, TENSOR_FILE
 from firmware_sim.processes.people import read_people
-from hub.peft import read_peft, write_peft
 
 SEED = bytes(range(16))
 LAYOUT = AdapterLayout.of(2, {"self_attn.q_proj": (12, 16), "self_attn.v_proj": (6, 16)}, 4)
@@ -39,7 +39,7 @@ VECTOR = np.random.default_rng(0).standard_normal(LAYOUT.numbers).astype(np.floa
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_peft(tmp_path, LAYOUT, CONFIG, SEED, VECTOR, "a-base-model")
+    write_vector(tmp_path, LAYOUT, CONFIG, SEED, VECTOR, "a-base-model")
     return tmp_path
 
 
@@ -59,7 +59,7 @@ def test_what_is_written_is_read_back(folder: Path) -> None:
 
 
 def test_an_adapter_without_effect_is_announced(folder: Path) -> None:
-    write_peft(folder, LAYOUT, CONFIG, SEED, np.zeros_like(VECTOR), "base")
+    write_vector(folder, LAYOUT, CONFIG, SEED, np.zeros_like(VECTOR), "base")
     assert any("no effect" in notice for notice in read_peft(folder, LAYOUT).notices)
 
 
@@ -164,7 +164,7 @@ def test_peft_and_transformers_reach_our_loss(
     labels = np.concatenate([ids[:, 1:], np.full((4, 1), IGNORE)], axis=1)
     batch = Batch(ids, np.ones_like(ids), labels)
 
-    write_peft(tmp_path, layout, lora, SEED, vector, "tiny")
+    write_vector(tmp_path, layout, lora, SEED, vector, "tiny")
     model = PeftModel.from_pretrained(torch_twin(bundle, tiny_model), str(tmp_path))
     with torch.no_grad():
         theirs = mean_loss(model, batch).item()
@@ -184,7 +184,7 @@ def test_smollm2_in_stock_peft_reaches_our_loss(real_bundle: Bundle, tmp_path: P
 
     layout = real_bundle.layout
     vector = (np.random.default_rng(3).standard_normal(layout.numbers) * 0.01).astype(np.float32)
-    write_peft(tmp_path, layout, real_bundle.manifest.lora, SEED, vector, "smollm2-135m")
+    write_vector(tmp_path, layout, real_bundle.manifest.lora, SEED, vector, "smollm2-135m")
     encode = load_encoder(real_bundle.tokenizer)
     data = tmp_path / "few.jsonl"
     lines = [
@@ -252,7 +252,7 @@ def test_a_changed_scale_would_be_seen(tiny_bundle: Path, tiny_model: Path, tmp_
     ids = np.random.default_rng(4).integers(1, 300, (2, 20))
     batch = Batch(ids, np.ones_like(ids), np.roll(ids, -1, axis=1))
     weak = msgspec.structs.replace(bundle.manifest.lora, alpha=bundle.manifest.lora.alpha / 2)
-    write_peft(tmp_path, bundle.layout, weak, SEED, vector, "tiny")
+    write_vector(tmp_path, bundle.layout, weak, SEED, vector, "tiny")
     model = PeftModel.from_pretrained(torch_twin(bundle, tiny_model), str(tmp_path))
     with torch.no_grad():
         assert abs(mean_loss(model, batch).item() - our_loss(bundle, batch, vector)) > 1e-3

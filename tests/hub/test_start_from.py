@@ -13,7 +13,7 @@ from edge_agent.dataset import IGNORE, Batch
 from edge_agent.trainer import Trainer
 from edge_agent.trainer.rules import campaign_rule
 from fedge.errors import UnsupportedError
-from fedge.io.peft_folder import write_peft_tensors
+from fedge.io.peft_folder import write_peft
 from fedge.lora import RULES, LoraConfig
 from hub.blobs import Blobs
 from hub.campaigns import Wish, make_campaign
@@ -35,7 +35,7 @@ def write_adapter(folder: Path, bundle: Path) -> Path:
         name: draw.standard_normal(shape).astype(np.float32) * np.float32(0.5)
         for name, shape in {**layout.a_shapes, **layout.b_shapes}.items()
     }
-    write_peft_tensors(folder, tensors, CONFIG, "tiny", layout=layout)
+    write_peft(folder, tensors, CONFIG, "tiny", layout=layout)
     return folder
 
 
@@ -88,9 +88,7 @@ def test_a_start_without_effect_is_announced(tiny_bundle: Path, tmp_path: Path) 
     layout = open_bundle(tiny_bundle).layout
     config = open_bundle(tiny_bundle).manifest.lora
     zeros = {n: np.zeros(s, np.float32) for n, s in layout.b_shapes.items()}
-    write_peft_tensors(
-        tmp_path / "start", {**layout.frozen(bytes(16)), **zeros}, config, "tiny", layout=layout
-    )
+    write_peft(tmp_path / "start", {**layout.frozen(bytes(16)), **zeros}, config, "tiny", layout=layout)
     said: list[str] = []
     wish = Wish("c", start_from=tmp_path / "start")
     make_campaign(wish, tiny_bundle, Blobs(tmp_path / "blobs"), "https://hub", tell=said.append)
@@ -104,7 +102,7 @@ def test_a_start_that_the_bundle_has_no_room_for_leaves_nothing_behind(
     layout = open_bundle(tiny_bundle).layout.like(msgspec.structs.replace(CONFIG, r=16))
     tensors = {n: np.ones(s, np.float32) for n, s in {**layout.a_shapes, **layout.b_shapes}.items()}
     config = msgspec.structs.replace(CONFIG, r=16)
-    write_peft_tensors(tmp_path / "start", tensors, config, "tiny", layout=layout)
+    write_peft(tmp_path / "start", tensors, config, "tiny", layout=layout)
     blobs = Blobs(tmp_path / "blobs")
     with pytest.raises(UnsupportedError, match=r"L1/self_attn\.q_proj"):
         make_campaign(Wish("c", start_from=tmp_path / "start"), tiny_bundle, blobs, "https://hub")

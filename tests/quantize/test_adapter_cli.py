@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from fedge.cli import main
 from fedge.errors import DataError, FedgeError, NoInputError, UnsupportedError, UsageError
 from fedge.io.adapter_file import Adapter, adapter_of, write_adapter
-from fedge.io.peft_folder import write_peft_tensors
+from fedge.io.peft_folder import write_peft
 from fedge.lora import LoraConfig
 from fedge.peft import TENSOR_FILE
 from fedge.release import FORMAT, Manifest
@@ -71,7 +71,7 @@ def mine(tmp_path: Path) -> Path:
 @pytest.fixture
 def peft_folder(tmp_path: Path) -> Path:
     made = adapter()
-    write_peft_tensors(tmp_path / "peft", made.tensors, made.header.lora, "tiny")
+    write_peft(tmp_path / "peft", made.tensors, made.header.lora, "tiny")
     return tmp_path / "peft"
 
 
@@ -120,7 +120,7 @@ def test_diff_measures_changes_and_not_factors(
     """Half of B and twice the scale are the same change; another seed is another one."""
     made, other = adapter(), adapter(seed=1)
     halved = {n: t / 2 if n.endswith(".B") else t for n, t in made.tensors.items()}
-    write_peft_tensors(tmp_path / "same", halved, msgspec.structs.replace(LORA, alpha=16.0), "tiny")
+    write_peft(tmp_path / "same", halved, msgspec.structs.replace(LORA, alpha=16.0), "tiny")
     assert said(capsys, "diff", mine, tmp_path / "same")["relative"] < 1e-6
     write_adapter(tmp_path / "other", other)
     key = "L1/mlp.down_proj"
@@ -177,7 +177,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_merged_model_is_the_model_under_peft(name: str, tiny_model: Path, tmp_path: Path) -> None:
     made = adapter(CONFIGS[name])
-    write_peft_tensors(tmp_path / "peft", made.tensors, made.header.lora, "tiny")
+    write_peft(tmp_path / "peft", made.tensors, made.header.lora, "tiny")
     write_adapter(tmp_path / "mine", made)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     plain = logits(base)
@@ -299,7 +299,7 @@ def test_a_gguf_lora_applied_as_llama_cpp_does_gives_pefts_logits(
             weight = weight + fields["adapter.lora.alpha"] / b.shape[1] * b @ a
             weight = undone(weight, heads[matrix]) if matrix in heads else weight
             parameter.data.copy_(torch.from_numpy(np.ascontiguousarray(weight)))
-    write_peft_tensors(tmp_path / "peft", made.tensors, made.header.lora, "tiny")
+    write_peft(tmp_path / "peft", made.tensors, made.header.lora, "tiny")
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(tmp_path / "peft"))
     assert (logits(model) - logits(peft)).abs().max() < 1e-4
 

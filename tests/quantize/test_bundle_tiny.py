@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from onnx import helper
 
 from fedge.errors import IntegrityError, UsageError
+from fedge.io.weight_file import map_weights
 from fedge.release import (
     MANIFEST,
     OPERATORS_ALLOWED,
@@ -39,7 +40,7 @@ from quantize.graph import operators
 from quantize.reference import Batch, random_adapter, torch_gradients
 from quantize.runner import Decoder, Runner
 from quantize.source import load
-from quantize.weights import map_weights, quantise
+from quantize.weights import quantise
 
 PUBLISHER = tiny.PUBLISHER.public_key().public_bytes_raw()
 

@@ -19,7 +19,7 @@ from edge_agent.trainer import Trainer
 from fedge.cli import main
 from fedge.errors import ConfigError
 from fedge.io.adapter_file import adapter_of
-from fedge.io.peft_folder import write_peft_tensors
+from fedge.io.peft_folder import write_peft
 from fedge.lora import LoraConfig
 from quantize.blocks import adapted_modules, graph_config
 
@@ -54,7 +54,7 @@ def test_ranks_scales_and_targets_by_pattern_train_as_in_peft(
     labels = np.concatenate([ids[:, 1:], np.full((3, 1), IGNORE)], axis=1)
     batch = Batch(ids, np.ones_like(ids), labels)
     made = adapter_of(opened.manifest, vector, a_seed=SEED)
-    write_peft_tensors(tmp_path, made.tensors, made.header.lora, "tiny", layout=layout)
+    write_peft(tmp_path, made.tensors, made.header.lora, "tiny", layout=layout)
     model = PeftModel.from_pretrained(torch_twin(opened, tiny_model), str(tmp_path), is_trainable=True)
     loss, expected = b_gradients(model, batch)
     result = Trainer(opened, a_seed=SEED).loss_and_gradients(batch, layout.split(vector))
