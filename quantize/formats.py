@@ -135,7 +135,8 @@ _SEARCHED: Final = 1 << 14  # blocks whose grid is searched for at a time
 def encode(weight: Floats, fmt: WeightFormat) -> dict[str, npt.NDArray]:
     """Fit a (N, K) float matrix, K a multiple of the block, to a format by rounding to the nearest.
 
-    A matrix already on the format's grid stays exact. Raises DataError when a scale leaves half precision.
+    A matrix already on the format's grid stays exact (`int8d`: on one of up to 32 levels). Raises DataError when a
+    scale leaves half precision.
     """
     weight = np.ascontiguousarray(weight, dtype=np.float32)
     if fmt.name == "nf4":
@@ -269,13 +270,15 @@ def _nonzero(scale: Floats) -> Floats:
 def _grid_with_offset(blocks: Floats, levels: int) -> tuple[Floats, Floats]:
     """Scale and value of code 0 of each block, both in half precision, for codes 0 to `levels`.
 
-    Smallest and largest weight are the ends of the grid. A block that was dequantised from such a grid may not use
-    all levels; then the grid is searched for. Only blocks whose values repeat can be of that kind (32 distinct
-    values have a gap below span / 15), so the search touches few blocks of a float matrix.
+    Smallest and largest weight are the ends of the grid, the smallest rounded down so that none lies outside. A block
+    that was dequantised from such a grid may not use all levels; then the grid is searched for. Only blocks whose
+    values repeat can be of that kind (32 distinct values have a gap below span / 15), so the search touches few
+    blocks of a float matrix.
     """
     low = half(blocks.min(-1))
+    low = half(np.where(low > blocks.min(-1), np.nextafter(low.astype(np.float16), np.float16(-np.inf)), low))
     span = blocks.max(-1) - blocks.min(-1)
-    scale = _nonzero(half(span / np.float32(levels)))
+    scale = _nonzero(half((blocks.max(-1) - low) / np.float32(levels)))
     rest = blocks[..., 0] - low  # a constant block: what half precision of its value leaves is its scale
     scale = np.where((span == 0) & (rest != 0), _nonzero(half(rest)), scale)
     gaps = np.diff(np.sort(blocks, axis=-1), axis=-1)

@@ -14,6 +14,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from hypothesis import settings
+
+# Every run draws the same examples, so that a red test is red for all; `--hypothesis-profile explore` draws new ones.
+settings.register_profile("explore", settings.get_profile("default"))
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 # torch's tracer writes a record for every step; pytest would keep them all, at three times the run time.
 logging.getLogger("torch.__trace").propagate = False

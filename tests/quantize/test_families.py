@@ -18,13 +18,13 @@ from torch_twin import torch_twin
 
 from edge_agent.bundle import open_bundle
 from fedge.errors import DataError, UnsupportedError
+from fedge.io.weight_file import map_weights
 from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, Manifest, open_manifest
 from quantize.anatomy import dissect
 from quantize.bundle import quantize
 from quantize.reference import Batch, random_adapter, torch_gradients
 from quantize.runner import Runner
 from quantize.source import build_model, check_counts, load
-from quantize.weights import map_weights
 
 SHAPES = ((1, 5), (3, 40), (2, 64))  # the longer ones reach far beyond the window of 16
 
@@ -56,8 +56,9 @@ def test_a_family_passes_its_gates(family: tuple[str, Path]) -> None:
     manifest = manifest_of(folder)
     for gate in ("cut_gradient_error", "gradient_error", "position_error"):
         assert manifest.gates[gate] <= 1e-5, gate
-    assert manifest.gates["loss_error"] <= 1e-5
-    assert manifest.gates["aux_error"] <= 1e-5
+    for gate in ("loss_error", "aux_error"):
+        assert manifest.gates[gate] <= 1e-5, gate
+    assert manifest.gates["decode_error"] <= 1e-6
     assert {path.rpartition(".")[2] for path in manifest.lora_shapes} == set(families.FAMILIES[name].targets)
 
 

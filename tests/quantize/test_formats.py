@@ -68,19 +68,30 @@ def test_an_ordinary_matrix_is_within_half_a_step() -> None:
         assert (miss <= step[..., None] * 0.51).all(), name
 
 
-@given(
-    arrays.arrays(
-        np.float32,
-        (2, 64),
-        elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
-    ),
-    st.sampled_from(sorted(FORMATS)),
-)
+MATRICES = arrays.arrays(np.float32, (2, 64), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False))
+
+
+@given(MATRICES, st.sampled_from(sorted(FORMATS)))
 @settings(max_examples=60, deadline=None)
 def test_encoding_what_was_decoded_changes_nothing(weight: np.ndarray, name: str) -> None:
-    once = decode(encode(weight, FORMATS[name]), FORMATS[name])
+    parts = encode(weight, FORMATS[name])
+    once = decode(parts, FORMATS[name])
     twice = decode(encode(once, FORMATS[name]), FORMATS[name])
-    assert np.abs(twice - once).max() <= 1e-5 * max(1e-30, float(np.abs(once).max()))
+    limit = 1e-5 * float(np.abs(once).max())
+    if name in ("int8d", "int4gz"):  # rounding may leave the first level of a block unused, and so move its grid
+        limit += 1.01 * float(parts["s"].max())
+    assert np.abs(twice - once).max() <= limit
+
+
+@given(MATRICES, st.sampled_from(["int4d", "int8d"]))
+@settings(max_examples=60, deadline=None)
+def test_no_weight_lies_outside_a_grid_with_an_offset(weight: np.ndarray, name: str) -> None:
+    """Also where the offset is large beside the spread and half precision moves it by many steps."""
+    parts = encode(weight, FORMATS[name])
+    once, scale = decode(parts, FORMATS[name]), np.repeat(parts["s"].astype(np.float32), BLOCK, axis=1)
+    levels = 2 ** FORMATS[name].bits - 1
+    rounding = levels * (2**-11 * scale + 2**-24)  # of the scale to half precision
+    assert (np.abs(once - weight) <= 0.5 * scale + rounding + 1e-6 * np.abs(weight)).all()
 
 
 def test_the_low_nibble_comes_first() -> None:
