@@ -78,7 +78,10 @@ def test_encoding_what_was_decoded_changes_nothing(weight: np.ndarray, name: str
     once = decode(parts, FORMATS[name])
     twice = decode(encode(once, FORMATS[name]), FORMATS[name])
     limit = 1e-5 * float(np.abs(once).max())
-    if name in ("int8d", "int4gz"):  # rounding may leave the first level of a block unused, and so move its grid
+    if name in (
+        "int8d",
+        "int4gz",
+    ):  # rounding may leave the first level of a block unused, and so move its grid
         limit += 1.01 * float(parts["s"].max())
     assert np.abs(twice - once).max() <= limit
 
