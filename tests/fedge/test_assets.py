@@ -12,7 +12,7 @@ from fedge.errors import DataError, IntegrityError, NoInputError, UnavailableErr
 from fedge.io import assets
 from fedge.io.assets import Asset
 from fedge.io.model_source import resolve_model
-from fedge.io.wheels import WheelFile
+from fedge.io.wheels import Member, WheelFile
 
 CONTENT = b"GGUF" + bytes(range(256)) * 40
 
@@ -61,7 +61,17 @@ def tiny(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     return asset
 
 
-def change(monkeypatch: pytest.MonkeyPatch, asset: Asset, **fields: str | int) -> None:
+@pytest.fixture
+def folder(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> Asset:
+    """The same wheel as a model of two files; that the second one is code matters to nobody."""
+    code = b"raise SystemExit('code of a package was run')"
+    beside = Member("tiny_model/__init__.py", hashlib.sha256(code).hexdigest(), len(code))
+    asset = replace(tiny, source=replace(tiny.source, beside=(beside,)))
+    monkeypatch.setattr(assets, "ASSETS", (asset,))
+    return asset
+
+
+def change(monkeypatch: pytest.MonkeyPatch, asset: Asset, **fields: str | int | tuple[Member, ...]) -> None:
     changed = replace(asset, source=replace(asset.source, **fields))  # type: ignore[arg-type]
     monkeypatch.setattr(assets, "ASSETS", (changed,))
 
@@ -143,6 +153,39 @@ def test_offline_says_which_package_and_what_to_do(tiny: Asset, shelf: Path) -> 
         assets.pull("models", "tiny")
 
 
+def test_an_asset_of_several_files_is_a_folder_of_them_all(folder: Asset, shelf: Path) -> None:
+    path = assets.pull("models", "tiny")
+    assert path == assets.cached_path(folder)
+    assert {file.name for file in path.iterdir()} >= {"__init__.py", "tiny.gguf"}
+    assert assets.is_cached(folder)
+    named = resolve_model("tiny")
+    assert (named.kind, named.path, named.name, named.licence) == ("folder", path, "tiny", "MIT")
+
+
+@pytest.mark.parametrize("name", ["tiny.gguf", "__init__.py"])
+def test_damage_to_any_file_of_a_folder_is_noticed_and_mended(folder: Asset, name: str) -> None:
+    path = assets.pull("models", "tiny")
+    right = (path / name).read_bytes()
+    for damage in (b"damaged", None):
+        if damage is None:
+            (path / name).unlink()
+        else:
+            (path / name).write_bytes(damage)
+        assert not assets.is_cached(folder)
+        assets.pull("models", "tiny")
+        assert (path / name).read_bytes() == right
+
+
+def test_a_file_beside_that_is_not_the_stated_one_never_enters_the_cache(
+    folder: Asset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stated,) = folder.source.beside
+    change(monkeypatch, folder, beside=(replace(stated, sha256="0" * 64),))
+    with pytest.raises(IntegrityError):
+        assets.pull("models", "tiny")
+    assert [entry.name for entry in assets.cached_path(folder).iterdir()] == [".lock"]
+
+
 def test_what_a_killed_pull_left_is_swept(tiny: Asset) -> None:
     left = assets.cached_path(tiny).parent / ".tiny.gguf.999999999.0.part"
     left.mkdir(parents=True)
@@ -162,7 +205,7 @@ def test_the_table_is_pinned_and_openly_licensed() -> None:
     assert len({(asset.kind, asset.name) for asset in assets.ASSETS}) == len(assets.ASSETS)
     for asset in assets.ASSETS:
         assert len(bytes.fromhex(asset.source.wheel_sha256)) == 32
-        assert len(bytes.fromhex(asset.source.member_sha256)) == 32
+        assert all(len(bytes.fromhex(member.sha256)) == 32 for member in asset.source.members)
         assert asset.licence in ("Apache-2.0", "MIT")
 
 
