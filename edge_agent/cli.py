@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from edge_agent.data_cli import add_chat, add_data, add_reading, reading_of, words_of
 from edge_agent.generator_cli import add_generate
+from fedge.lora import RULES
 
 if TYPE_CHECKING:
     from edge_agent.home import Home
@@ -120,7 +121,14 @@ def _add_train_once(words: argparse._SubParsersAction[argparse.ArgumentParser]) 
     once.add_argument(
         "--from", dest="start", type=Path, metavar="ADAPTER", help="go on from this adapter file"
     )
-    once.add_argument("--rate", type=float, help="learning rate (default: the fleet's)")
+    once.add_argument(
+        "--rule",
+        choices=RULES,
+        help="what trains, as in a campaign: ffa (B alone), fedit (A and B), alternating (B and A by turns, at most "
+        "5 steps each), core (a small matrix between two bases; a fourth of the steps, at most 5, look for them), "
+        "sketch (A and B, sent as sketches) (default: that of the adapter gone on from, else ffa)",
+    )
+    once.add_argument("--rate", type=float, help="learning rate (default: what suits the rule)")
     once.add_argument("--rows", type=_count, help="rows in a step (default: the fleet's)")
     once.add_argument("--window", type=_count, metavar="TOKENS", help="longest row (default: the fleet's)")
     once.add_argument("--seed", type=_count, default=0, metavar="N", help="order of the rows (default: 0)")
@@ -236,11 +244,14 @@ def _train_once(arguments: argparse.Namespace) -> None:
     import msgspec
 
     from edge_agent import trial
+    from edge_agent.alone import rule_and_rate
     from fedge.errors import UsageError
     from fedge.messages import Training
 
+    rule, rate = rule_and_rate(arguments.rule, arguments.rate, arguments.start)
     wanted = {
-        "rate": arguments.rate,
+        "rate": rate,
+        "rule": rule,
         "batch_rows": arguments.rows,
         "window_tokens": arguments.window,
         "data_seed": arguments.seed,

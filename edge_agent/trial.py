@@ -12,24 +12,21 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from edge_agent import jobs
+from edge_agent.alone import OwnAdapter, numbered
 from edge_agent.dataset import Reading, Record, normal_form, read_records
 from edge_agent.resources import threads_allowed
 from edge_agent.worker_process import Reply, WorkerProcess
 from fedge import errors
-from fedge.errors import DataError, FedgeError, NoInputError, UnsupportedError, UsageError
+from fedge.errors import DataError, FedgeError, NoInputError, UsageError
 from fedge.io import durable
 from fedge.messages import Training
 from fedge.release import MANIFEST, SIGNATURE, Manifest, open_manifest
-
-if TYPE_CHECKING:
-    from fedge.io.adapter_file import Floats
 
 HELD_OUT_EVERY: Final = 5
 HELD_OUT_MAX: Final = 24
@@ -93,15 +90,16 @@ def train_once(
     start: Path | None = None,
     reading: Reading | None = None,
 ) -> Trial:
-    """Evaluate, train, evaluate; from zero, or from the adapter file `start`. The adapter goes to `adapter_out`.
-    `reading` is what the owner says about the file `data`.
+    """Evaluate, train by `training.rule`, evaluate; from zero, or from the adapter file `start`. The adapter goes to
+    `adapter_out`. `reading` is what the owner says about the file `data`.
 
     Raises whatever the worker's jobs raise (NoInputError, DataError, IntegrityError), the refusals of
     `fedge.io.adapter_file.read_adapter`, UsageError when `adapter_out` would replace something else.
     """
     manifest = open_bundle_manifest(bundle)
     check_target(adapter_out)
-    begun = _Start.of(manifest, training, start)
+    own = OwnAdapter.of(manifest, training, start)
+    rounds = own.rounds(steps)
     folder = Path(tempfile.mkdtemp(prefix="fedge-trial-"))  # 0700
     try:
         train, held_out = split(read_records(data, reading))
@@ -114,18 +112,15 @@ def train_once(
             )
         write_records(folder / "train.jsonl", train)
         write_records(folder / "held_out.jsonl", held_out, HELD_OUT_MAX)
-        begun.save(folder / "start.f32")
-        bench = _Bench(bundle.resolve(), folder, begun.training, threads_allowed(threads), progress)
+        bench = _Bench(bundle.resolve(), folder, own.training, threads_allowed(threads), progress)
         try:
-            before = bench.evaluate("start.f32", "loss before")
-            trained = bench.train(steps)
-            vector = begun.after(folder / "delta.f32")
-            durable.write_bytes(folder / "end.f32", vector.astype("<f4").tobytes())
-            after = bench.evaluate("end.f32", "loss after")
+            before = bench.evaluate(own, "loss before")
+            own, trained = bench.train(own, rounds)
+            after = bench.evaluate(own, "loss after")
         finally:
             bench.stop()
         if adapter_out is not None:
-            begun.keep(adapter_out, vector, trained.steps)
+            own.keep(adapter_out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return _trial(manifest, (before, after), trained, bench.threads, adapter_out)
@@ -160,56 +155,6 @@ def _trial(
 
 def _accuracy(found: jobs.Evaluated) -> float | None:
     return sum(found.right) / len(found.right) if found.right else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """Where the numbers begin, and what becomes of them."""
-
-    manifest: Manifest
-    training: Training  # with the seed of the adapter that it goes on from
-    vector: Floats
-    steps_before: int
-
-    @classmethod
-    def of(cls, manifest: Manifest, training: Training, start: Path | None) -> _Start:
-        import numpy as np
-
-        from fedge.io.adapter_file import layout_of, read_adapter
-
-        if start is None:
-            return cls(manifest, training, np.zeros(layout_of(manifest).numbers, np.float32), 0)
-        adapter = read_adapter(start, manifest)
-        header = adapter.header
-        if header.lora != manifest.lora or not header.a_seed:
-            raise UnsupportedError(
-                f"training cannot go on from {start}: its A does not follow from a seed, or its config is another one",
-                field="lora",
-                value=header.lora,
-                hint="Adapters from `train-once` and from `fedge hub export` with the same bundle can be gone on from",
-            )
-        return cls(
-            manifest,
-            msgspec.structs.replace(training, a_seed=header.a_seed),
-            adapter.vector,
-            header.steps,
-        )
-
-    def save(self, path: Path) -> None:
-        durable.write_bytes(path, self.vector.astype("<f4").tobytes())
-
-    def after(self, delta: Path) -> Floats:
-        """The numbers after the delta in this file."""
-        import numpy as np
-
-        moved: Floats = self.vector + np.frombuffer(delta.read_bytes(), "<f4")
-        return moved
-
-    def keep(self, path: Path, vector: Floats, steps: int) -> None:
-        from fedge.io.adapter_file import adapter_of, write_adapter
-
-        seed, steps = self.training.a_seed, self.steps_before + steps
-        write_adapter(path, adapter_of(self.manifest, vector, a_seed=seed, steps=steps))
 
 
 def check_target(path: Path | None) -> None:
@@ -250,11 +195,11 @@ class _Bench:
         self._verified: jobs.VerifiedStamp | None = None
         self._worker = WorkerProcess(lambda _, reply: self._replies.put(reply), linger_seconds=60)
 
-    def evaluate(self, adapter: str, what: str) -> jobs.Evaluated:
-        """The loss of the held-out rows with the numbers in the file `adapter`."""
+    def evaluate(self, own: OwnAdapter, what: str) -> jobs.Evaluated:
+        """The loss of the held-out rows with these numbers."""
         job = jobs.Evaluate(
             bundle=str(self._bundle),
-            adapter=str(self._folder / adapter),
+            adapter=self._saved(own),
             data=str(self._folder / "held_out.jsonl"),
             training=self._training,
             verified=self._verified,
@@ -265,35 +210,62 @@ class _Bench:
         self._verified = reply.verified
         return reply
 
-    def train(self, steps: int) -> jobs.Trained:
-        """`steps` steps from zero; the delta, which is then the adapter, goes to `delta.f32`."""
-        job = jobs.Train(
-            bundle=str(self._bundle),
-            adapter=str(self._folder / "start.f32"),
-            data=str(self._folder / "train.jsonl"),
-            training=self._training,
-            verified=self._verified,
-            threads=self.threads,
-            delta=str(self._folder / "delta.f32"),
-            steps=steps,
-            data_seed=self._training.data_seed,
-        )
-        reply = self.do(job, "training")
-        assert isinstance(reply, jobs.Trained)
-        return reply
+    def train(self, own: OwnAdapter, rounds: list[int]) -> tuple[OwnAdapter, jobs.Trained]:
+        """These rounds; the adapter after them, and their sums in one answer."""
+        delta, total = self._folder / "delta.f32", sum(rounds)
+        answers: list[jobs.Trained] = []
+        for number, done, steps in numbered(rounds):
+            job = jobs.Train(
+                bundle=str(self._bundle),
+                adapter=self._saved(own),
+                data=str(self._folder / "train.jsonl"),
+                training=self._training,
+                verified=self._verified,
+                threads=self.threads,
+                delta=str(delta),
+                steps=steps,
+                start=done,
+                round=number,
+                data_seed=self._training.data_seed,
+            )
+            reply = self.do(job, "training", done, total)
+            assert isinstance(reply, jobs.Trained)
+            answers.append(reply)
+            own = own.after(number, delta, reply.steps)
+        return own, _summed(answers)
+
+    def _saved(self, own: OwnAdapter) -> str:
+        path = self._folder / "adapter.f32"
+        durable.write_bytes(path, own.state.astype("<f4").tobytes())
+        return str(path)
 
     def stop(self) -> None:
         """End the worker."""
         self._worker.stop()
 
-    def do(self, job: jobs.Job, what: str) -> Reply:
-        """The job's last answer. Raises what the job raises."""
+    def do(self, job: jobs.Job, what: str, before: int = 0, of: int = 0) -> Reply:
+        """The job's last answer; it has `before` of `of` steps behind it. Raises what the job raises."""
         self._worker.submit(job)
         while isinstance(reply := self._replies.get(), jobs.Progress):
-            self._progress(what, reply.done, reply.of)
+            self._progress(what, before + reply.done, of or reply.of)
         if isinstance(reply, jobs.Failed):
             raise _raised(reply)
         return reply
+
+
+def _summed(rounds: list[jobs.Trained]) -> jobs.Trained:
+    """Sums over rounds on the same rows; what is no sum is the last one's."""
+
+    def total(name: str) -> int:
+        found: int = sum(getattr(one, name) for one in rounds)
+        return found
+
+    return msgspec.structs.replace(
+        rounds[-1],
+        loss_sum=sum(one.loss_sum for one in rounds),
+        seconds=sum(one.seconds for one in rounds),
+        **{name: total(name) for name in ("labels", "rows", "steps", "skipped", "not_finite")},
+    )
 
 
 def one_job(job: jobs.Job, what: str, progress: OnProgress) -> Reply:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge.errors import DataError, IntegrityError
-from fedge.io.adapter_file import adapter_of, write_adapter
+from fedge.io.adapter_file import adapter_of_state, write_adapter
 from fedge.io.peft_folder import export_peft
 from fedge.release import WEIGHTS, Manifest
 from fedge.rules import Rule, rule_of
@@ -36,18 +36,8 @@ def export_file(campaign: CampaignRow, blobs: Blobs, out: Path) -> None:
     Raises the same.
     """
     manifest, rule, state = _read(campaign, blobs)
-    held, layout = rule.held(state), rule.layout
-    follows = not any(name in held for name in layout.a_shapes)
-    adapter = adapter_of(
-        manifest,
-        layout.join({name: held[name] for name in layout.shapes}),
-        a_seed=campaign.training.a_seed,
-        a=None if follows else {name: held[name] for name in layout.a_shapes},
-        lora=campaign.lora,
-        rule=campaign.training.rule,
-        steps=campaign.adapter_version * campaign.steps,
-    )
-    write_adapter(out, adapter)
+    steps = campaign.adapter_version * campaign.steps
+    write_adapter(out, adapter_of_state(manifest, rule, campaign.training.rule, state, steps=steps))
 
 
 def _read(campaign: CampaignRow, blobs: Blobs) -> tuple[Manifest, Rule, NDArray[np.float32]]:

@@ -26,6 +26,7 @@ from fedge.io.safetensors_file import encode_tensors, read_file, widened
 from fedge.limits import ADAPTER_NUMBERS_MAX
 from fedge.lora import AdapterLayout, LoraConfig
 from fedge.release import Manifest, bundle_digest
+from fedge.rules import Rule
 
 Floats = NDArray[np.float32]
 
@@ -109,6 +110,23 @@ def adapter_of(
     adapter = Adapter(header, {**(layout.frozen(a_seed) if a is None else a), **layout.split(vector)})
     _check_shapes(adapter, "adapter")
     return adapter
+
+
+def adapter_of_state(manifest: Manifest, rule: Rule, name: str, state: Floats, *, steps: int) -> Adapter:
+    """The adapter that a campaign's file `state` under the rule called `name` stands for: A and B of its function.
+
+    An A that follows from the rule's seed is told by it. Raises DataError when the file has another size.
+    """
+    held, layout = rule.held(state), rule.layout
+    follows = not any(tensor in held for tensor in layout.a_shapes)
+    return adapter_of(
+        manifest,
+        layout.join({tensor: held[tensor] for tensor in layout.shapes}),
+        a_seed=rule.a_seed,
+        a=None if follows else {tensor: held[tensor] for tensor in layout.a_shapes},
+        rule=name,
+        steps=steps,
+    )
 
 
 def layout_of(manifest: Manifest, lora: LoraConfig | None = None) -> AdapterLayout:

@@ -9,13 +9,18 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_agent.dataset import Conversation, Turn
-from edge_agent.trial import Trial, split, train_once
+from edge_agent import jobs
+from edge_agent.alone import OwnAdapter, rule_and_rate
+from edge_agent.dataset import Conversation, Turn, read_records
+from edge_agent.trial import Trial, open_bundle_manifest, split, train_once, write_records
+from edge_agent.worker import evaluate
 from fedge.cli import main
 from fedge.errors import DataError, IntegrityError, NoInputError, StorageError, UsageError
 from fedge.io.adapter_file import adapter_of, layout_of, read_adapter, write_adapter
+from fedge.lora import RULES
 from fedge.messages import Training
 from fedge.release import MANIFEST, SIGNATURE, open_manifest
+from fedge.rules import RATES
 
 
 @pytest.fixture
@@ -95,6 +100,76 @@ def test_the_adapter_is_kept_and_can_be_gone_on_from(tiny_bundle: Path, data: Pa
     assert again.loss_before == one.loss_after
     assert again.loss_after < one.loss_after
     assert (read_adapter(second).header.a_seed, read_adapter(second).header.steps) == (bytes(range(16)), 4)
+
+
+@pytest.mark.parametrize("rule", ["alternating", "core", "sketch"])
+def test_every_rule_trains_alone_and_what_is_kept_is_what_was_evaluated(
+    rule: str, tiny_bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    """The file is evaluated anew as A and B of `fedit`, which know nothing of the rule that made them."""
+    seen: list[tuple[str, int, int]] = []
+    made = train_once(
+        tiny_bundle,
+        data,
+        steps=8,
+        training=Training(rule=rule, rate=RATES[rule]),
+        threads=1,
+        progress=lambda *step: seen.append(step),
+        adapter_out=tmp_path / "made",
+    )
+    assert made.loss_after < made.loss_before
+    assert made.steps == 8
+    assert [step for step in seen if step[0] == "training"] == [("training", n, 8) for n in range(1, 9)]
+    kept = read_adapter(tmp_path / "made")
+    assert (kept.header.rule, kept.header.a_seed, kept.header.steps) == (rule, b"", 8)
+    plain = Training(rule="fedit")
+    own = OwnAdapter.of(open_bundle_manifest(tiny_bundle), plain, tmp_path / "made")
+    (tmp_path / "numbers").write_bytes(own.state.tobytes())
+    write_records(tmp_path / "held_out.jsonl", split(read_records(data))[1])
+    job = jobs.Evaluate(
+        bundle=str(tiny_bundle),
+        adapter=str(tmp_path / "numbers"),
+        data=str(tmp_path / "held_out.jsonl"),
+        training=plain,
+    )
+    again = evaluate(job, lambda answer: None)
+    assert again.loss_sum / again.labels == pytest.approx(made.loss_after, abs=1e-5)
+
+
+def test_rounds_have_all_steps_and_a_basis_costs_at_most_one_of_a_fleet(tiny_bundle: Path) -> None:
+    manifest = open_bundle_manifest(tiny_bundle)
+
+    def rounds(rule: str, *steps: int) -> list[list[int]]:
+        own = OwnAdapter.of(manifest, Training(rule=rule), None)
+        return [own.rounds(count) for count in steps]
+
+    assert rounds("ffa", 1, 40) == rounds("fedit", 1, 40) == rounds("sketch", 1, 40) == [[1], [40]]
+    assert rounds("alternating", 1, 2, 7, 12) == [[1], [1, 1], [4, 3], [4, 4, 4]]
+    assert rounds("core", 2, 5, 8, 40) == [[1, 1], [1, 4], [2, 6], [5, 35]]
+    with pytest.raises(UsageError, match="two steps"):
+        rounds("core", 1)
+
+
+def test_the_command_goes_on_under_the_rule_of_the_file(
+    tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = ["agent", "train-once", str(tiny_bundle), str(data), "--json", "--threads", "1"]
+    assert main([*words, "--rule", "core", "--steps", "4", "--adapter-out", str(first)]) == 0
+    one = msgspec.json.decode(capsys.readouterr().out, type=Trial)
+    assert main([*words, "--steps", "1", "--from", str(first), "--adapter-out", str(second)]) == 0
+    two = msgspec.json.decode(capsys.readouterr().out, type=Trial)
+    assert two.loss_before == pytest.approx(one.loss_after, abs=1e-5)
+    header = read_adapter(second).header
+    assert (header.rule, header.steps, header.a_seed) == ("core", 5, b"")
+    assert rule_and_rate(None, None, first) == ("core", RATES["core"])
+    assert rule_and_rate("ffa", None, first) == ("ffa", RATES["ffa"])
+
+
+def test_the_rate_follows_the_rule_unless_it_is_told() -> None:
+    assert [rule_and_rate(rule, None, None) for rule in RULES] == [(rule, RATES[rule]) for rule in RULES]
+    assert rule_and_rate(None, None, None) == ("ffa", Training().rate)
+    assert rule_and_rate("fedit", 0.5, None) == ("fedit", 0.5)
 
 
 def test_a_target_that_is_something_else_and_a_stranger_to_start_from_are_refused_before_work(
