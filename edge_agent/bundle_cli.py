@@ -116,6 +116,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     import msgspec
 
+    from edge_agent.planner import row_tokens
     from fedge.boards import BOARDS, board
     from fedge.errors import UsageError
     from fedge.messages import Training
@@ -126,6 +127,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         training = msgspec.convert({n: v for n, v in wanted.items() if v is not None}, Training)
     except msgspec.ValidationError as error:
         raise UsageError(f"training cannot be done so: {error}") from error
+    if manifest.hears is not None:
+        training = msgspec.structs.replace(training, window_tokens=row_tokens(manifest, training))
     tokens, parameters = training.batch_rows * training.window_tokens, _parameters(manifest)
     boards = [board(arguments.board)] if arguments.board else list(BOARDS.values())
     rows = [_row(manifest, training, kind, parameters, arguments.memory) for kind in boards]
@@ -241,6 +244,7 @@ def _facts(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "vocabulary": manifest.vocabulary,
         "positions_max": manifest.positions_max,
         "classes": list(manifest.classes),
+        **_hearing(manifest),
         "runtime_min": manifest.runtime_min,
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "adapter": {
@@ -257,6 +261,14 @@ def _facts(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "gates": manifest.gates,
         "files": {name: entry.size for name, entry in sorted(manifest.files.items())},
     }
+
+
+def _hearing(manifest: Manifest) -> dict[str, Any]:
+    """What a bundle of recordings hears at once."""
+    audio = manifest.hears
+    if audio is None:
+        return {}
+    return {"audio": {"seconds": audio.seconds, "sample_rate": audio.sample_rate, "mels": audio.mels}}
 
 
 def _key(text: str) -> bytes:

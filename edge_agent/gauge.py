@@ -12,8 +12,9 @@ from typing import Final
 
 import numpy as np
 
-from edge_agent.dataset import Batch, Row, make_batch
+from edge_agent.dataset import IGNORE, Batch, Row, make_batch
 from edge_agent.trainer import Trainer, train_round
+from fedge.audio import AudioInput
 from fedge.messages import Training
 
 COLD_SECONDS_MAX: Final = 2.0  # a first step as short as this is mostly page faults: the next one tells
@@ -23,10 +24,12 @@ _STRIDE: Final = 7_919  # a prime: tokens from all over the embedding, as text h
 def step_seconds(trainer: Trainer, training: Training, vocabulary: int, label: int = -1) -> float:
     """Wall seconds of one step over all layers; of the faster of two where a step is short. Raises ConfigError."""
     took: list[float] = []
+    audio = trainer.manifest.hears
+    batch = synthetic_batch(training, vocabulary, label) if audio is None else silent_batch(training, audio)
     train_round(
         trainer,
         np.zeros(trainer.layout.numbers, np.float32),
-        _timed(synthetic_batch(training, vocabulary, label), took),
+        _timed(batch, took),
         a_seed=training.a_seed,
         lr=training.rate,
         weight_decay=training.weight_decay,
@@ -39,6 +42,13 @@ def synthetic_batch(training: Training, vocabulary: int, label: int = -1) -> Bat
     shape = training.batch_rows, training.window_tokens
     ids = (np.arange(shape[0] * shape[1]) * _STRIDE % vocabulary).astype(np.int32).reshape(shape)
     return make_batch([Row(row, 0, "", label=label) for row in ids], pad_id=0)
+
+
+def silent_batch(training: Training, audio: AudioInput) -> Batch:
+    """`batch_rows` recordings of nothing, of the first class."""
+    features = np.zeros((training.batch_rows, audio.mels, audio.frames), np.float32)
+    mask = np.ones((training.batch_rows, audio.positions), np.int64)
+    return Batch(features, mask, np.full_like(mask, IGNORE), np.zeros(training.batch_rows, np.int64))
 
 
 def _timed(batch: Batch, took: list[float]) -> Iterator[Batch]:

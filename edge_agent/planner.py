@@ -116,6 +116,11 @@ def worker_bytes(manifest: Manifest, training: Training, *, gauged: bool = False
     return int(_MARGIN * need(manifest, training, gauged=gauged).peak)
 
 
+def row_tokens(manifest: Manifest, training: Training) -> int:
+    """Positions of the longest row: the window of a campaign, or the only one that a bundle of recordings has."""
+    return training.window_tokens if manifest.hears is None else manifest.positions_max
+
+
 def matrices(manifest: Manifest) -> list[tuple[int, int]]:
     """(rows, columns) of each frozen matrix of a block."""
     packed = 2 if "4" in manifest.weights_format else 1
@@ -157,7 +162,7 @@ def _nothing_fits(
     while window > 8 and least(window) > memory_bytes:
         window //= 2
     lean = least(training.window_tokens)
-    fits = window < training.window_tokens and least(window) <= memory_bytes
+    fits = manifest.hears is None and window < training.window_tokens and least(window) <= memory_bytes
     return UnavailableError(
         f"a round would take about {lean // 10**6} MB at the least, {memory_bytes // 10**6} MB can be had",
         field="memory",
@@ -171,7 +176,7 @@ def _nothing_fits(
 def _step_bytes(manifest: Manifest, training: Training, chosen: Plan, label_share: float) -> int:
     """Adapter, what waits for the way back, and the largest of the phases: they follow each other."""
     rows = min(chosen.rows or training.batch_rows, training.batch_rows)
-    length = training.window_tokens
+    length = row_tokens(manifest, training)
     tokens = rows * length
     hidden = tokens * manifest.hidden * _FLOAT
     share = {"plain": 1.0, "half": 0.5, "file": 0.0}[chosen.checkpoints]
@@ -189,7 +194,7 @@ def _blocks(manifest: Manifest, rows: int, length: int) -> float:
     shapes, tokens = matrices(manifest), rows * length
     dense = max((prod(shape) for shape in shapes), default=0)
     wide, hidden = max((shape[0] for shape in shapes), default=0), manifest.hidden
-    long = manifest.positions_max >= _PIECES_TOKENS and not manifest.logit_cap
+    long = manifest.positions_max >= _PIECES_TOKENS and not manifest.logit_cap and manifest.hears is None
     pieces = min(_PIECES_MAX, manifest.kv_heads) if long else 1
     scores = rows * -(-manifest.heads // pieces) * length * length
     floats = max(

@@ -37,23 +37,27 @@ class Warm:
         return bundle, self._trainer_of(bundle, job)
 
     def _rows_of(self, bundle: Bundle, job: Job) -> Dataset:
-        from edge_agent.dataset import load_dataset, load_encoder
+        from edge_agent.dataset import load_dataset, load_encoder, load_recordings
 
         path, window = Path(job.data), job.training.window_tokens
         key = _look(path), job.reading, job.training.template, window, bundle.stamp.manifest_sha256
         if self._dataset is not None and self._dataset[0] == key:
             return self._dataset[1]
         self._dataset = None
-        dataset = load_dataset(
-            path,
-            job.training.template,
-            load_encoder(bundle.tokenizer),
-            eos_id=bundle.manifest.eos_id,
-            window=window,
-            reading=job.reading,
-            chat=bundle.manifest.chat,
-            classes=bundle.manifest.classes,
-        )
+        manifest = bundle.manifest
+        if manifest.hears is not None:
+            dataset = load_recordings(path, manifest.hears, manifest.classes, reading=job.reading)
+        else:
+            dataset = load_dataset(
+                path,
+                job.training.template,
+                load_encoder(bundle.tokenizer),
+                eos_id=manifest.eos_id,
+                window=window,
+                reading=job.reading,
+                chat=manifest.chat,
+                classes=manifest.classes,
+            )
         give_back_memory()
         self._dataset = key, dataset
         return dataset
@@ -87,7 +91,7 @@ def _verified(job: BundleJob) -> Bundle:
         Path(job.bundle), publisher=job.publisher, sha256=job.manifest, verified=job.verified
     )
     window = job.training.window_tokens
-    if window > bundle.manifest.positions_max:
+    if bundle.manifest.hears is None and window > bundle.manifest.positions_max:
         raise ConfigError("window is longer than the model's", field="window_tokens", value=window)
     return bundle
 

@@ -15,6 +15,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fedge.audio import AudioInput, check_audio
 from fedge.chat import ChatFormat
 from fedge.errors import IntegrityError, UnsupportedError
 from fedge.limits import BUNDLE_FILE_BYTES_MAX, MANIFEST_BYTES_MAX
@@ -25,7 +26,7 @@ SIGNATURE: Final = "manifest.sig"
 WEIGHTS: Final = "weights.bin"
 TOKENIZER: Final = "tokenizer.json"
 FORMAT: Final = 2
-TASKS: Final = ("generate", "classify", "embed", "classify-audio")
+TASKS: Final = ("generate", "classify", "embed")
 _DOMAIN: Final = b"fedge bundle manifest v1\x00"
 
 # Everything a bundle's graphs may be made of: stock operators that compute from their inputs alone. No loops, no
@@ -118,6 +119,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     chat: ChatFormat | None = None  # how a conversation is written; None: the model has no chat template
     probe: Probe | None = None  # a fixed input and what it must give; None: not checked
     layer_path: str = LAYER_PATH  # of the list of layers, from the model's root: PEFT's names are made of it
+    # What a classifier of recordings hears. Not in the manifests of texts, so that a device which knows nothing of it
+    # refuses the one and takes the other.
+    audio: AudioInput | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def hears(self) -> AudioInput | None:
+        """How recordings are given to the model; None for a model of texts."""
+        return None if isinstance(self.audio, msgspec.UnsetType) else self.audio
 
     @property
     def layout(self) -> AdapterLayout:
@@ -196,6 +205,12 @@ def _require_format(found: int) -> None:
 def _check(manifest: Manifest) -> None:
     if manifest.task not in TASKS:
         raise UnsupportedError("task of the bundle is not known here", field="task", value=manifest.task)
+    if manifest.hears is not None:
+        check_audio(manifest.hears, manifest.positions_max)
+        if manifest.task != "classify" or not manifest.classes:
+            raise UnsupportedError(
+                "a bundle that hears tells classes apart", field="task", value=manifest.task
+            )
     if manifest.layer_kinds and len(manifest.layer_kinds) != manifest.layers:
         raise IntegrityError(
             "a kind for every layer, or none", field="layer_kinds", value=manifest.layer_kinds

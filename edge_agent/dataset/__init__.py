@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from edge_agent.dataset.audio_rows import AudioRow, load_recordings, root_of
     from edge_agent.dataset.batching import (
         IGNORE,
         Batch,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         Labelled,
         Passage,
         Record,
+        Recording,
         TextExample,
         Turn,
         normal_form,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORE",
+    "AudioRow",
     "Batch",
     "Conversation",
     "Dataset",
@@ -52,6 +55,7 @@ __all__ = [
     "Passage",
     "Reading",
     "Record",
+    "Recording",
     "Row",
     "Tally",
     "TextEncoder",
@@ -62,17 +66,29 @@ __all__ = [
     "evaluation_batches",
     "load_dataset",
     "load_encoder",
+    "load_recordings",
     "make_batch",
     "normal_form",
     "read_records",
     "render",
+    "root_of",
 ]
 _HOME: Final = {
+    "audio_rows": ("AudioRow", "load_recordings", "root_of"),
     "batching": ("IGNORE", "Batch", "batches", "evaluation_batches", "make_batch"),
     "choices": ("Reading",),
     "encoding": ("Encode", "TextEncoder", "load_encoder"),
     "reading": ("Tally", "read_records"),
-    "record": ("Conversation", "Labelled", "Passage", "Record", "TextExample", "Turn", "normal_form"),
+    "record": (
+        "Conversation",
+        "Labelled",
+        "Passage",
+        "Record",
+        "Recording",
+        "TextExample",
+        "Turn",
+        "normal_form",
+    ),
     "row": ("Row",),
     "rows": ("Dataset", "check_template", "load_dataset", "render"),
 }

@@ -15,10 +15,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.dataset.audio_rows import AudioRow
 from edge_agent.dataset.row import Row
 
 IGNORE: Final = -100  # label of a position that is not learnt, as torch's cross-entropy has it
 Ints = NDArray[np.int64]
+Inputs = NDArray[np.int64] | NDArray[np.float32]
 POOL_BATCHES: Final = 16  # 198 padded tokens a batch become 150, of which 146 are text; 32 would save 2 more
 
 
@@ -26,17 +28,24 @@ POOL_BATCHES: Final = 16  # 198 padded tokens a batch become 150, of which 146 a
 class Batch:
     """B rows padded on the right to S. `ids`, `mask`, `labels` are int64 [B, S]; `labels` are already shifted by one.
 
-    `classes` int64 [B] are the classes of labelled texts; None where rows have none.
+    `classes` int64 [B] are the classes of labelled texts; None where rows have none. Of recordings, `ids` are the
+    features, float32 [B, mels, frames], and S is the number of positions that they become.
     """
 
-    ids: Ints
+    ids: Inputs
     mask: Ints  # 1 = a real token
     labels: Ints  # the next token, or IGNORE
     classes: Ints | None = None
 
 
 def make_batch(rows: Sequence[Row], pad_id: int) -> Batch:
-    """The rows, padded on the right to the longest of them. A row's first token is never a label."""
+    """The rows, padded on the right to the longest of them. A row's first token is never a label.
+
+    Recordings that are not kept in memory are read again: raises what `AudioRow.features` raises.
+    """
+    sounds = [row for row in rows if isinstance(row, AudioRow)]
+    if sounds:
+        return _of_sounds(sounds)
     width = max(len(row.ids) for row in rows)
     ids = np.full((len(rows), width), pad_id, np.int64)
     mask = np.zeros_like(ids)
@@ -52,6 +61,13 @@ def make_batch(rows: Sequence[Row], pad_id: int) -> Batch:
     return Batch(ids, mask, labels, classes if (classes >= 0).any() else None)
 
 
+def _of_sounds(rows: Sequence[AudioRow]) -> Batch:
+    shape = len(rows), rows[0].tokens
+    features = np.stack([row.features() for row in rows])
+    classes = np.array([row.label for row in rows], np.int64)
+    return Batch(features, np.ones(shape, np.int64), np.full(shape, IGNORE, np.int64), classes)
+
+
 def batches(rows: Sequence[Row], *, size: int, seed: int, pad_id: int, start: int = 0) -> Iterator[Batch]:
     """Batches for ever: the rows in a new order each time through, the same for the same seed.
 
@@ -63,7 +79,7 @@ def batches(rows: Sequence[Row], *, size: int, seed: int, pad_id: int, start: in
     order = _endless_order(len(rows), draw)
     together = size * max(1, min(POOL_BATCHES, len(rows) // size))
     while True:
-        pool = sorted(islice(order, together), key=lambda i: len(rows[i].ids))
+        pool = sorted(islice(order, together), key=lambda i: rows[i].tokens)
         cut = [pool[at : at + size] for at in range(0, len(pool), size)]
         draw.shuffle(cut)
         for chosen in cut[start:]:
@@ -80,7 +96,7 @@ def _endless_order(n: int, draw: random.Random) -> Iterator[int]:
 
 def evaluation_batches(rows: Sequence[Row], *, size: int, pad_id: int) -> Iterator[tuple[list[int], Batch]]:
     """Every row once, rows of like length together; with each batch the indices of its rows."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    order = sorted(range(len(rows)), key=lambda i: rows[i].tokens)
     for at in range(0, len(order), size):
         chosen = order[at : at + size]
         yield chosen, make_batch([rows[i] for i in chosen], pad_id)

@@ -19,6 +19,7 @@ FIELDS: Final = (
     "prompt",
     "completion",
     "text",
+    "audio",
     "label",
     "system",
     "instruction",
@@ -42,7 +43,8 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     `columns`: field -> name of a column (or key of a JSON object), or its number from 1. `separator`: of a table's
     cells, "" = found out. `roles`: a role word of the file -> one of ROLES. With `join_runs`, turns of one role in a
     row are one, joined by a line break: some models know nothing else than turn and turn about. Up to `skip_lines` bad
-    lines, or a `skip_share` of all records, are passed over and counted.
+    lines, or a `skip_share` of all records, are passed over and counted. `folder` is where the paths of recordings
+    begin, "" = at the list that names them.
     """
 
     form: Form = "auto"
@@ -53,6 +55,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     join_runs: bool = False
     skip_lines: Annotated[int, Meta(ge=0)] = 0
     skip_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    folder: str = ""
 
     def __post_init__(self) -> None:
         for field in self.columns:

@@ -97,7 +97,7 @@ def _columns(path: Path, first: Sequence[str], how: Reading) -> dict[str, int]:
         return {field: _index(path, names, len(first), name) for field, name in how.columns.items()}
     lower = [name.lower() for name in names]
     found: dict[str, int] = {field: lower.index(field) for field in FIELDS if field in lower}
-    if not found.keys() & {"prompt", "text", "instruction"}:
+    if not found.keys() & {"prompt", "text", "audio", "instruction"}:
         raise DataError(
             f"{path}: the first row does not say which column is what",
             field="columns",

@@ -4,7 +4,7 @@
     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}         ShareGPT
     {"instruction": "…", "input": "…", "output": "…"}                                           Alpaca
     {"prompt": "…", "completion": "…"}      either may be a list of messages
-    {"text": "…"}      {"text": "…", "label": "…"}
+    {"text": "…"}      {"text": "…", "label": "…"}      {"audio": "PATH.wav", "label": "…"}
 
 Any of them may name its `conversation` and its `system` text. Roles go by declaration, never by position. A turn that
 cannot be kept (a picture, a call of a tool without text) is refused, not dropped. A refusal names the field and never
@@ -18,7 +18,7 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from edge_agent.dataset.record import Conversation, Labelled, Passage, Record, Role, Turn
+from edge_agent.dataset.record import Conversation, Labelled, Passage, Record, Recording, Role, Turn
 from fedge.errors import DataError
 
 ALIASES: Final[dict[str, Role]] = {
@@ -30,7 +30,7 @@ ALIASES: Final[dict[str, Role]] = {
 }  # fmt: skip
 FORMS_HINT: Final = (
     'An example is {"messages": [{"role": …, "content": …}, …]}, {"prompt": …, "completion": …}, '
-    '{"instruction": …, "output": …}, {"text": …} or {"text": …, "label": …}'
+    '{"instruction": …, "output": …}, {"text": …}, {"text": …, "label": …} or {"audio": "PATH.wav", "label": …}'
 )
 _FORM_KEYS: Final = ("messages", "conversations", "instruction", "prompt", "text")
 _ALSO: Final = {"instruction": ("output",), "prompt": ("completion",)}  # keys that a form cannot do without
@@ -68,6 +68,9 @@ class Example(msgspec.Struct, frozen=True):
     prompt: str | list[_Message] | msgspec.UnsetType = _UNSET
     completion: str | list[_Message] | msgspec.UnsetType = _UNSET
     text: str | msgspec.UnsetType = _UNSET
+    audio: object = (
+        _UNSET  # a path where nothing else is there to learn; beside a text it is the owner's business
+    )
     label: str | int | None = None
     system: str | None = None
     conversation: str | int | None = None
@@ -130,6 +133,12 @@ def record_of(example: Example, line: int, roles: Mapping[str, str]) -> Record:
         if example.label is None:
             return Passage(line, name, example.text)
         return Labelled(line, name, example.text, example.label)
+    if form == "audio":
+        if not isinstance(example.audio, str):
+            raise BadRecord("the path of a sound file is meant", "audio")
+        if example.label is None:
+            raise BadRecord("field is missing", "label")
+        return Recording(line, name, example.audio, example.label)
     turns = [Turn("system", example.system)] if example.system else []
     turns += _TURNS_OF[form](example, roles)
     return Conversation(line, name, tuple(turns))
@@ -139,6 +148,8 @@ def _form_of(example: Example) -> str:
     forms = [key for key in _FORM_KEYS if getattr(example, key) is not _UNSET]
     if len(forms) > 1:
         raise BadRecord("both normal forms at once", forms[0], value=forms)
+    if not forms and example.audio is not _UNSET:
+        return "audio"
     if not forms:
         lone = [key for key in ("completion", "output") if getattr(example, key) is not _UNSET]
         missing = {"completion": "prompt", "output": "instruction"}[lone[0]] if lone else "messages"

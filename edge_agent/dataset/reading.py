@@ -6,6 +6,7 @@ lines are passed over only as far as the owner said, and are counted. A refusal 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,14 @@ from edge_agent.dataset.json_forms import BadRecord, record_of_json
 from edge_agent.dataset.json_stream import is_json, json_objects
 from edge_agent.dataset.lines import HEAD_BYTES, Line, encoding_of, head_of, read_lines, read_pieces
 from edge_agent.dataset.plain import passages
-from edge_agent.dataset.record import Record, joined
+from edge_agent.dataset.record import Record, Recording, joined
 from fedge.errors import DataError, NoInputError, StorageError
 
 _UNPACK: Final = "Unpack it first"
 _TABLE: Final = "Save it as CSV in UTF-8"
+_RECORDING: Final = (
+    "Give the folder of a folder for each class, or a list: CSV or JSON Lines with audio, label"
+)
 _PASSAGE: Final = "Save its text as UTF-8"
 # First bytes -> what it is, what to do. Parquet is read elsewhere in this module.
 _MAGIC: Final[dict[bytes, tuple[str, str]]] = {
@@ -37,11 +41,12 @@ _MAGIC: Final[dict[bytes, tuple[str, str]]] = {
     b"%PDF": ("a PDF", "pdftotext FILE makes text of it"),
     b"\x89PNG": ("a picture", "Only text can be learnt"),
     b"\xff\xd8\xff": ("a picture", "Only text can be learnt"),
-    b"RIFF": ("a sound or a film", "Only text can be learnt"),
+    b"RIFF": ("a film", "Text can be learnt, and sound that is saved as WAV"),
     b"\x80\x04": ("a Python pickle", "It is never opened: save it as JSON Lines"),
     b"\x80\x03": ("a Python pickle", "It is never opened: save it as JSON Lines"),
     b"\x80\x05": ("a Python pickle", "It is never opened: save it as JSON Lines"),
 }
+_WAVE_HEAD_BYTES: Final = 12  # RIFF, the file's size, WAVE
 _FILES_MAX: Final = 100_000  # in a folder
 
 Found = Iterator[Record | DataError]
@@ -114,8 +119,51 @@ def _folder(path: Path, how: Reading, tally: Tally) -> Found:
         raise NoInputError("data folder has no file", field="path", value=str(path))
     if len(files) > _FILES_MAX:
         raise DataError(f"{path} has more than {_FILES_MAX:,} files", field="files", value=len(files))
-    for file in files:
-        yield from _file(file, how, tally)
+    sounds = [file for file in files if _is_sound(file)]
+    lists = sorted(set(files) - set(sounds)) if sounds else files
+    for file in lists:
+        for found in _file(file, how, tally):
+            if sounds and isinstance(found, Recording):
+                raise DataError(
+                    f"{path} has recordings, and a list of recordings: {file.name}",
+                    field="path",
+                    value=len(sounds),
+                    hint=f"Give the list itself: {file}",
+                )
+            yield found
+    if sounds:
+        tally.form = "recordings"
+        yield from _sounds(path, sounds)
+
+
+def _sounds(path: Path, files: list[Path]) -> Found:
+    """Recordings whose label is the folder that they lie in.
+
+    In the order of a hash of their names: in that of the names, class would follow class, and what is held out, every
+    fifth or the first so many, would be of few of them.
+    """
+    names = [file.relative_to(path).as_posix() for file in files]
+    for name in sorted(
+        names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    ):
+        label, inside, _ = name.partition("/")
+        if inside:
+            yield Recording(0, "", name, label)
+        else:
+            yield DataError(
+                f"{path / name} has no label",
+                field="label",
+                hint="Put it into a folder named after its class, or give a list: CSV or JSON Lines with audio, label",
+            )
+
+
+def _is_sound(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return _is_wave(stream.read(_WAVE_HEAD_BYTES))
+
+
+def _is_wave(head: bytes) -> bool:
+    return head[:4] == b"RIFF" and head[8:_WAVE_HEAD_BYTES] == b"WAVE"
 
 
 def _hidden(path: Path) -> bool:
@@ -156,6 +204,10 @@ def _refuse_binary(path: Path, head: bytes) -> None:
         office = b"[Content_Types].xml" in head[:4096] or b"mimetypeapplication/vnd.oasis" in head[:4096]
         what, hint = ("an Office document", _TABLE) if office else ("packed: zip", f"{_UNPACK}: unzip FILE")
         raise DataError(f"{path} is {what}", field="format", value=f"0x{head[:4].hex()}", hint=hint)
+    if _is_wave(head):
+        raise DataError(
+            f"{path} is one recording", field="format", value=f"0x{head[:4].hex()}", hint=_RECORDING
+        )
     for magic, (what, hint) in _MAGIC.items():
         if head.startswith(magic):
             raise DataError(f"{path} is {what}", field="format", value=f"0x{head[:4].hex()}", hint=hint)

@@ -1,7 +1,8 @@
 """The normal form of private data: what every reader makes of a file, whatever the file looked like.
 
 A `Conversation` is a list of (role, text): `system`, `user`, `assistant`, `tool`. A `Passage` is text that is learnt as
-it stands. A `Labelled` text has the name or the number of its class. Nothing here knows tokens, templates or files.
+it stands. A `Labelled` text has the name or the number of its class, and so has a `Recording`, which is a sound file.
+Nothing here knows tokens or templates.
 """
 
 from __future__ import annotations
@@ -100,7 +101,22 @@ class Labelled:
         return 1
 
 
-Record = Conversation | Passage | Labelled
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A sound file and its class; `audio` is its path, relative to the folder of the list that names it."""
+
+    line: int
+    conversation: str
+    audio: str
+    label: str | int
+
+    @property
+    def samples(self) -> int:
+        """One."""
+        return 1
+
+
+Record = Conversation | Passage | Labelled | Recording
 
 
 def normal_form(record: Record) -> dict[str, object]:
@@ -108,6 +124,8 @@ def normal_form(record: Record) -> dict[str, object]:
     named: dict[str, object] = {"conversation": record.conversation} if record.conversation else {}
     if isinstance(record, Conversation):
         return {"messages": [_message(turn) for turn in record.turns], **named}
+    if isinstance(record, Recording):
+        return {"audio": record.audio, "label": record.label, **named}
     if isinstance(record, Labelled):
         return {"text": record.text, "label": record.label, **named}
     return {"text": record.text, **named}

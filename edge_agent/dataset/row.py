@@ -22,6 +22,11 @@ class Row:
     unlearnt: tuple[tuple[int, int], ...] = ()
     label: int = -1
 
+    @property
+    def tokens(self) -> int:
+        """How many positions of the model it takes."""
+        return len(self.ids)
+
 
 @dataclass(slots=True)
 class Seen:

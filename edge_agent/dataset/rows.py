@@ -24,7 +24,7 @@ from edge_agent.dataset.chat_rows import ChatRows, SpanEncoder
 from edge_agent.dataset.choices import Reading
 from edge_agent.dataset.encoding import Encode
 from edge_agent.dataset.reading import Tally, read_records
-from edge_agent.dataset.record import Conversation, Labelled, Passage, Record, TextExample
+from edge_agent.dataset.record import Conversation, Labelled, Passage, Record, Recording, TextExample
 from edge_agent.dataset.row import Row, Seen, longest
 from edge_agent.jobs import Counts
 from fedge.chat import ChatFormat
@@ -143,6 +143,8 @@ class RowMaker:
 
     def rows(self, record: Record) -> list[Row]:
         """The usable rows of `record`. Raises DataError for a record that is of no use to this bundle."""
+        if isinstance(record, Recording):
+            raise DataError("this bundle reads texts, and hears nothing", field="audio")
         if isinstance(record, Labelled):
             return list(self._labelled(record))
         if self._classes:
@@ -218,21 +220,22 @@ class RowMaker:
                 field="label",
                 hint='Leave the label out, or rename it: {"text": …} is learnt as it stands',
             )
-        if isinstance(label, int) and 0 <= label < len(self._classes):
-            return label
-        if label in self._classes:
-            return self._classes.index(str(label))
-        raise DataError(
-            "no such class in this bundle",
-            field="label",
-            value=label,
-            hint=f"Its classes: {', '.join(self._classes[:_CLASSES_SHOWN])}"
-            + (
-                f" and {len(self._classes) - _CLASSES_SHOWN} more"
-                if len(self._classes) > _CLASSES_SHOWN
-                else ""
-            ),
-        )
+        return class_of(label, self._classes)
+
+
+def class_of(label: str | int, classes: Sequence[str]) -> int:
+    """The number of a class by its name or number. Raises DataError when there is none."""
+    if isinstance(label, int) and 0 <= label < len(classes):
+        return label
+    if label in classes:
+        return classes.index(str(label))
+    raise DataError(
+        "no such class in this bundle",
+        field="label",
+        value=label,
+        hint=f"Its classes: {', '.join(classes[:_CLASSES_SHOWN])}"
+        + (f" and {len(classes) - _CLASSES_SHOWN} more" if len(classes) > _CLASSES_SHOWN else ""),
+    )
 
 
 def _chat_rows(chat: ChatFormat | None, encode: Encode, eos_id: int, most: int) -> ChatRows:

@@ -10,13 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Inputs = NDArray[np.int64] | NDArray[np.float32]
 
 
 class BatchArrays(Protocol):
-    """int64 [B, S] each; `labels` shifted, negative where nothing is learnt."""
+    """int64 [B, S] each; `labels` shifted, negative where nothing is learnt.
+
+    Of recordings, `ids` are their features: float32 [B, mels, frames], which become S positions.
+    """
 
     @property
-    def ids(self) -> Ints: ...
+    def ids(self) -> Inputs: ...
     @property
     def mask(self) -> Ints: ...
     @property
@@ -27,7 +31,7 @@ class BatchArrays(Protocol):
 class Piece:
     """Some rows of a batch, without the columns that are padding in all of them."""
 
-    ids: Ints
+    ids: Inputs
     mask: Ints
     labels: Ints
 
@@ -47,4 +51,6 @@ def pieces(batch: BatchArrays, rows: int) -> Iterator[BatchArrays]:
         ids, mask, labels = batch.ids[cut], batch.mask[cut], batch.labels[cut]
         if (labels >= 0).any():
             width = int(np.flatnonzero(mask.any(axis=0)).max(initial=0)) + 1
-            yield Piece(ids[:, :width], mask[:, :width], labels[:, :width])
+            if ids.ndim == 2:  # recordings are all of one length
+                ids = ids[:, :width]
+            yield Piece(ids, mask[:, :width], labels[:, :width])

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
 from edge_agent.planner import Plan
-from edge_agent.trainer.batch import BatchArrays, Piece, label_count
+from edge_agent.trainer.batch import BatchArrays, Inputs, Piece, label_count
 from edge_agent.trainer.checkpoints import Checkpoints, Filed, Half, Plain
 from edge_agent.trainer.classify import TASK as CLASSIFY
 from edge_agent.trainer.classify import Answer, Classifier
@@ -66,7 +66,9 @@ class Streamer:
         self._outer = [name for name in names if not _layer_of(name)]
         self._layers = [[name for name in names if _layer_of(name) == f"L{i}"] for i in range(self._depth)]
         self._spans = [bundle.span(layer) for layer in self._layers]
-        self._table = bundle.span(name for name in names if name.startswith("EMB."))
+        table = [name for name in names if name.startswith("EMB.")]
+        self._table = bundle.span(table) if table else (0, 0)
+        self._input = "input_ids" if manifest.hears is None else "input_features"
         self._classifier: Classifier | None = None
         self._head: Head | None = None
         if manifest.task == CLASSIFY:
@@ -83,11 +85,11 @@ class Streamer:
             self._graph("block_bwd_keep")
 
     def features(
-        self, ids: Ints, mask: Ints, adapter: Mapping[str, Floats], trained: range = range(0)
+        self, ids: Inputs, mask: Ints, adapter: Mapping[str, Floats], trained: range = range(0)
     ) -> Generator[None, None, tuple[Floats, dict[str, Floats], _Forward]]:
         """The last block's output [B, S, D], the aux tensors, and what the way back through `trained` needs."""
         forward = _Forward(self._checkpoints(), {})
-        aux = self._graph("prologue").run({"input_ids": ids, "attention_mask": mask, **self._outside()})
+        aux = self._before(ids, mask)
         x = aux.pop("x")
         self._bundle.let_go(self._table)
         yield
@@ -105,7 +107,7 @@ class Streamer:
         return x, aux, forward
 
     def losses(
-        self, ids: Ints, mask: Ints, labels: Ints, adapter: Mapping[str, Floats]
+        self, ids: Inputs, mask: Ints, labels: Ints, adapter: Mapping[str, Floats]
     ) -> Generator[None, None, Floats]:
         """The loss in nats of every label, in reading order; empty when there is none."""
         if not (labels >= 0).any():
@@ -181,16 +183,15 @@ class Streamer:
         The runtime's arena keeps what it once had and reuses a piece only for what fits: met smallest first, the
         shapes of a ragged data set leave 10 to 20 MB of holes. Met largest first, none.
         """
-        ids = np.zeros((rows, tokens), np.int64)
-        outer = self._outside()
-        aux = self._graph("prologue").run({"input_ids": ids, "attention_mask": np.ones_like(ids), **outer})
+        batch = self._blank(rows, tokens)
+        aux = self._before(batch.ids, batch.mask)
         x = aux.pop("x")
         self._bundle.let_go(self._table)
         block = self._block(0, aux, adapter)
         keep = "_keep" if self._plan.keep else ""
         out = self._graph(f"block_fwd{keep}").run({"x": x, **block})
         h = out.pop("y")
-        g = self._reserved_end(h, ids, adapter)
+        g = self._reserved_end(h, batch, adapter)
         del h
         if self._plan.keep < self._depth:
             self._graph("block_bwd").run({"x": x, "gy": g, **block})
@@ -198,14 +199,27 @@ class Streamer:
             self._graph("block_bwd_keep").run({"x": x, "gy": g, **out, **block})
         self._bundle.let_go(self._spans[0])
 
-    def _reserved_end(self, h: Floats, ids: Ints, adapter: Mapping[str, Floats]) -> Floats:
+    def _blank(self, rows: int, tokens: int) -> Piece:
+        """Rows that say nothing, each with a label at its first position."""
+        audio = self._bundle.manifest.hears
+        if audio is None:
+            ids: Inputs = np.zeros((rows, tokens), np.int64)
+        else:
+            ids, tokens = np.zeros((rows, audio.mels, audio.frames), np.float32), audio.positions
+        return Piece(ids, np.ones((rows, tokens), np.int64), np.zeros((rows, 1), np.int64))
+
+    def _before(self, ids: Inputs, mask: Ints) -> dict[str, Floats]:
+        """What the prologue makes of ids, or of features: x and the aux tensors."""
+        return self._graph("prologue").run({self._input: ids, "attention_mask": mask, **self._outside()})
+
+    def _reserved_end(self, h: Floats, batch: Piece, adapter: Mapping[str, Floats]) -> Floats:
         outer = self._outside()
         if self._classifier is not None:
-            batch = Piece(ids, np.ones_like(ids), np.zeros((len(ids), 1), np.int64))
             return self._classifier.run(h, batch, adapter, outer).gradient
         assert self._head is not None, "a bundle has one head or the other"
-        flat = self._graph("norm_fwd").run({"h": h, **outer})["f"].reshape(ids.size, -1)
-        next(islice(self._head.run(flat, ids.reshape(-1), self._plan.head_rows), 1, None))
+        flat = self._graph("norm_fwd").run({"h": h, **outer})["f"].reshape(batch.mask.size, -1)
+        labels = np.zeros(len(flat), np.int64)
+        next(islice(self._head.run(flat, labels, self._plan.head_rows), 1, None))
         return self._graph("norm_bwd").run({"h": h, "gf": flat.reshape(h.shape), **outer})["gh"]
 
     def _loss(self, h: Floats, labels: Ints) -> Generator[None, None, tuple[HeadResult, Floats]]:

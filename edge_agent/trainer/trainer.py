@@ -112,7 +112,15 @@ class Trainer:
 
     def _check(self, batch: BatchArrays) -> None:
         """What would read outside of a table deep in a graph, or wrap around there, is refused here by name."""
-        longest, vocabulary = batch.ids.shape[1], self.manifest.vocabulary
+        audio = self.manifest.hears
+        if audio is not None and batch.ids.shape[1:] != (audio.mels, audio.frames):
+            raise DataError(
+                "recordings have other features than the model hears",
+                field="features",
+                value=batch.ids.shape,
+                hint=f"It hears {audio.mels} x {audio.frames}",
+            )
+        longest, vocabulary = batch.mask.shape[1], self.manifest.vocabulary
         if longest > self.manifest.positions_max:
             raise DataError(
                 "text is longer than the model has positions",
@@ -120,10 +128,9 @@ class Trainer:
                 value=longest,
                 hint=f"The model takes {self.manifest.positions_max}",
             )
-        limits = (
-            ("ids", batch.ids, vocabulary),
-            ("labels", batch.labels, label_limit(self.manifest)),
-        )
+        limits = [("labels", batch.labels, label_limit(self.manifest))]
+        if audio is None:
+            limits.insert(0, ("ids", batch.ids.astype(np.int64, copy=False), vocabulary))
         for name, values, limit in limits:
             if values.size and (values.max() >= limit or (name == "ids" and values.min() < 0)):
                 raise DataError(

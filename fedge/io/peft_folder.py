@@ -64,7 +64,8 @@ def export_peft(
         config,
         manifest.model,
         layout=layout,
-        task_type=_TASK_TYPES.get(manifest.task),
+        # PEFT's sequence classifiers are called with ids; its plain model hands on whatever it is given.
+        task_type=None if manifest.hears is not None else _TASK_TYPES.get(manifest.task),
         fan_in_fan_out=manifest.architecture.startswith("GPT2"),
         classes=manifest.classes,
     )
