@@ -87,6 +87,15 @@ class LoraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         named = self.targets == ALL_LINEAR or any(path.endswith("." + name) for name in self.targets)
         return named and (not self.layers or layer in self.layers)
 
+    def saves(self, name: str) -> bool:
+        """Whether the parameter called `name` from the model's root is trained in full.
+
+        PEFT's rule: it lies in a module whose path ends with one of the names, so `classifier` means
+        `pre_classifier` as well.
+        """
+        modules = [name[: at.start()] for at in re.finditer(r"\.", name)]
+        return any(module.endswith(end) for module in modules for end in self.modules_to_save)
+
     def rank_of(self, path: str) -> int:
         """r of the module with this path."""
         return _by_pattern(self.rank_pattern, path, self.r)
@@ -186,7 +195,7 @@ class AdapterLayout:
     def like(self, config: LoraConfig) -> AdapterLayout:
         """The layout of another config on the same model, as far as this one's modules go."""
         shapes = {path: (out, n_in) for path, out, n_in in self.modules}
-        dense = dict(self.dense) if config.modules_to_save else {}
+        dense = {name: shape for name, shape in self.dense if config.saves(name)}
         return AdapterLayout.of(self.layers, shapes, config, layer_path=self.layer_path, dense=dense)
 
     # ------------------------------------------------------------ shapes

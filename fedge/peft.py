@@ -194,11 +194,15 @@ def match_names(found: Iterable[str], layout: AdapterLayout) -> NameMatch:
         expected, notices = bare, ("adapter was made on the bare model; its names were mapped",)
     unmatched = [name for name in names if name not in expected]
     if unmatched:
+        is_lora = ".lora_" in unmatched[0]
+        whole = [name for name in expected if ".lora_" not in name]
         raise DataError(
             f"{len(unmatched)} tensors of the adapter belong nowhere",
             field=unmatched[0],
             value=unmatched[1:3],
-            hint=f"A name here looks like {next(iter(expected))}",
+            hint=f"A name here looks like {next(iter(expected))}"
+            if is_lora
+            else f"Trained in full here: {', '.join(whole) or 'nothing, by this bundle and the modules_to_save'}",
         )
     missing = sorted(set(expected) - set(names))
     if missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from fedge import limits
 from fedge.errors import ConfigError, NoInputError
-from fedge.io.peft_folder import read_peft
-from fedge.io.weight_file import dense_starts
+from fedge.io.peft_folder import changes_of, read_peft
 from fedge.lora import RULES, AdapterLayout
 from fedge.messages import Training
 from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, Manifest, open_manifest
@@ -70,8 +69,7 @@ def make_campaign(
     rule = rule_of(wish.rule, layout, a_seed)
     first = rule.initial()
     if wish.start_from is not None:
-        starts = dense_starts(bundle / WEIGHTS, manifest)
-        first = _started_from(wish.start_from, wish.rule, layout, a_seed, starts, tell)
+        first = _started_from(wish.start_from, wish.rule, manifest, bundle / WEIGHTS, a_seed, tell)
     for name, entry in manifest.files.items():
         blobs.adopt(bundle / name, entry.sha256)
     return CampaignRow(
@@ -190,16 +188,11 @@ def _largest_report(wish: Wish, layout: AdapterLayout, a_seed: bytes) -> int:
 
 
 def _started_from(
-    folder: Path,
-    rule: str,
-    layout: AdapterLayout,
-    a_seed: bytes,
-    starts: Mapping[str, Floats],
-    tell: Callable[[str], None],
+    folder: Path, rule: str, manifest: Manifest, weights: Path, a_seed: bytes, tell: Callable[[str], None]
 ) -> Floats:
     """The first adapter file of a campaign that goes on from the PEFT folder `folder`."""
-    found = read_peft(folder, layout)
+    layout = manifest.layout
+    found = read_peft(folder, layout, classes=manifest.classes)
     for notice in found.notices:
         tell(f"{folder}: {notice}")
-    changes = {name: found.tensors[name] - starts[name] for name in found.layout.dense_shapes}
-    return started_from(rule, layout, a_seed, found.layout, {**found.tensors, **changes})
+    return started_from(rule, layout, a_seed, found.layout, changes_of(found, weights, manifest))

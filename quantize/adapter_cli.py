@@ -209,13 +209,13 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.to == "optimum":
         _export_optimum(arguments, manifest)
         return
-    adapter = adapter_for(arguments.adapter, manifest)
+    weights = arguments.bundle / WEIGHTS
+    if manifest.dense:
+        check_hash(arguments.bundle, manifest)
+    adapter = adapter_for(arguments.adapter, manifest, weights)
     said: dict[str, Any] = {"out": str(arguments.out), "to": arguments.to, "model": manifest.model}
     if arguments.to == "peft":
-        if manifest.dense:
-            check_hash(arguments.bundle, manifest)
         lora, layout = adapter.header.lora, adapter.header.layout
-        weights = arguments.bundle / WEIGHTS
         export_peft(arguments.out, adapter.tensors, lora, manifest, weights, layout=layout)
     elif arguments.to == "gguf":
         from quantize.interop.gguf_lora import write_gguf_lora
@@ -236,11 +236,12 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _export_optimum(arguments: argparse.Namespace, manifest: Manifest) -> None:
+    from fedge.release import WEIGHTS
     from quantize.interop.opening import adapter_for
     from quantize.interop.optimum_folder import write_optimum
 
     bare = str(arguments.adapter) == _NONE
-    adapter = None if bare else adapter_for(arguments.adapter, manifest)
+    adapter = None if bare else adapter_for(arguments.adapter, manifest, arguments.bundle / WEIGHTS)
     write_optimum(arguments.out, arguments.bundle, manifest, adapter)
     _print({"out": str(arguments.out), "to": arguments.to, "model": manifest.model}, arguments.json)
 

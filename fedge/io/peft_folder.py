@@ -19,7 +19,7 @@ from fedge.errors import DataError, NoInputError
 from fedge.io import durable
 from fedge.io.safetensors_file import encode_tensors, read_tensors, widened
 from fedge.io.weight_file import dense_starts
-from fedge.lora import LAYER_PATH, AdapterLayout, LoraConfig
+from fedge.lora import DENSE, LAYER_PATH, AdapterLayout, LoraConfig
 from fedge.peft import CONFIG_FILE, TENSOR_FILE, lora_config, match_names, peft_config, peft_name
 from fedge.release import Manifest
 
@@ -71,6 +71,18 @@ def export_peft(
     )
 
 
+def changes_of(found: PeftAdapter, weights: Path, manifest: Manifest) -> dict[str, Floats]:
+    """The tensors of an adapter that was read, as an adapter of the bundle has them: what is dense as its change.
+
+    The start is read from the checked weight file at `weights`.
+    """
+    dense = found.layout.dense_shapes
+    if not dense:
+        return found.tensors
+    starts = dense_starts(weights, manifest)
+    return {**found.tensors, **{name: found.tensors[name] - starts[name] for name in dense}}
+
+
 def write_peft(
     folder: Path,
     tensors: Mapping[str, Floats],
@@ -101,11 +113,12 @@ def write_peft(
         durable.write_bytes(folder / LABELS_FILE, msgspec.json.format(msgspec.json.encode(labels), indent=2))
 
 
-def read_peft(folder: Path, layout: AdapterLayout) -> PeftAdapter:
+def read_peft(folder: Path, layout: AdapterLayout, *, classes: Sequence[str] = ()) -> PeftAdapter:
     """Read a PEFT folder for the model of `layout`: each tensor in the file has its place, each place its tensor.
 
-    The places are those of the file's own config among the modules that `layout` has; rank and layers may differ.
-    Raises NoInputError, DataError naming file and tensor, UnsupportedError naming the config field or the type.
+    The places are those of the file's own config among the modules that `layout` has; rank and layers may differ, and
+    so may how much of the head it brings. `classes` are those of the bundle, in order. Raises NoInputError, DataError
+    naming file and tensor, UnsupportedError naming the config field or the type.
     """
     fields = read_config(folder / CONFIG_FILE)
     config, notices = lora_config(fields)
@@ -116,15 +129,53 @@ def read_peft(folder: Path, layout: AdapterLayout) -> PeftAdapter:
     tensors = {ours: widened(path, name, raw[name]) for name, ours in match.ours.items()}
     for name, shape in {**theirs.a_shapes, **theirs.shapes}.items():
         if tensors[name].shape != shape:
-            raise DataError(f"{path}: tensor has another shape", field=name, value=tensors[name].shape)
+            raise DataError(
+                f"{path}: tensor has another shape",
+                field=name,
+                value=tensors[name].shape,
+                hint=f"The bundle has {shape} here"
+                + (": another number of classes, or another model" if name.startswith(DENSE) else ""),
+            )
     if not any(tensors[name].any() for name in theirs.b_shapes):
         notices += ("every B is zero: the adapter has no effect yet",)
-    if layout.dense and not theirs.dense:
-        notices += ("the adapter has no head: the bundle's own is kept",)
+    if theirs.dense:
+        _check_classes(folder / LABELS_FILE, classes)
+    notices += _head_notice(layout, theirs)
     base = fields.get("base_model_name_or_path")
     return PeftAdapter(
         config, base if isinstance(base, str) else "", tensors, notices + match.notices, theirs
     )
+
+
+def _head_notice(layout: AdapterLayout, theirs: AdapterLayout) -> tuple[str, ...]:
+    own = [name for name, _ in layout.dense if name not in dict(theirs.dense)]
+    if not own:
+        return ()
+    if not theirs.dense:
+        return ("the adapter has no head: the bundle's own is kept",)
+    return (f"the adapter has no {', '.join(own)}: the bundle's own is kept",)
+
+
+def _check_classes(path: Path, classes: Sequence[str]) -> None:
+    """Rows of a head mean classes by their order alone; where both sides name them they must agree."""
+    if not classes or not path.exists():
+        return
+    try:
+        named = msgspec.json.decode(path.read_bytes(), type=_Labels).id2label
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{path} cannot be read: {error}", field=LABELS_FILE) from error
+    found = [named[key] for key in sorted(named)]
+    if sorted(named) != list(range(len(classes))) or found != list(classes):
+        raise DataError(
+            f"{path}: the adapter's head tells other classes apart, or has them in another order",
+            field="id2label",
+            value=found[:8],
+            hint=f"The bundle's are, in order: {', '.join(classes[:8])}",
+        )
+
+
+class _Labels(msgspec.Struct):
+    id2label: dict[int, str]
 
 
 def read_config(path: Path) -> dict[str, object]:

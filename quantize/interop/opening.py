@@ -13,7 +13,7 @@ from typing import Final
 
 from fedge.errors import DataError, NoInputError, UnsupportedError
 from fedge.io.adapter_file import Adapter, adapter_of, is_adapter_file, read_adapter
-from fedge.io.peft_folder import TENSOR_FILE_BYTES_MAX, read_config, read_peft
+from fedge.io.peft_folder import TENSOR_FILE_BYTES_MAX, changes_of, read_config, read_peft
 from fedge.io.safetensors_file import read_tensors, widened
 from fedge.lora import DENSE, LoraConfig
 from fedge.peft import CONFIG_FILE, TENSOR_FILE, lora_config
@@ -47,20 +47,17 @@ def open_adapter(path: Path) -> Opened:
     )
 
 
-def adapter_for(path: Path, manifest: Manifest) -> Adapter:
-    """The adapter at `path`, ours or a PEFT folder, as one of the bundle `manifest`, every tensor in its slot."""
+def adapter_for(path: Path, manifest: Manifest, weights: Path) -> Adapter:
+    """The adapter at `path`, ours or a PEFT folder, as one of the bundle `manifest`, every tensor in its slot.
+
+    What a PEFT folder holds in full becomes a change of what the checked weight file at `weights` begins with.
+    """
     if not path.is_dir():
         return read_adapter(path, manifest)
-    found = read_peft(path, manifest.layout)
-    if found.layout.dense:
-        raise UnsupportedError(
-            "what is trained in full is not taken over from a PEFT folder yet",
-            field="modules_to_save",
-            value=found.config.modules_to_save,
-            hint="Give the adapter file that `fedge agent train-once` or `fedge hub export` wrote",
-        )
-    a = {name: found.tensors[name] for name in found.layout.a_shapes}
-    vector = found.layout.join({name: found.tensors[name] for name in found.layout.shapes})
+    found = read_peft(path, manifest.layout, classes=manifest.classes)
+    tensors = changes_of(found, weights, manifest)
+    a = {name: tensors[name] for name in found.layout.a_shapes}
+    vector = found.layout.join({name: tensors[name] for name in found.layout.shapes})
     return adapter_of(manifest, vector, a=a, lora=found.config, rule="")
 
 

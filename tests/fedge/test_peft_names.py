@@ -89,6 +89,28 @@ def test_names_follow_the_models_own_paths_and_heads_are_matched() -> None:
         match_names(names[:-1], layout)
 
 
+def test_modules_to_save_are_found_as_peft_finds_them() -> None:
+    """F05: by the end of a module's path, letter by letter; what the config does not save is no part of the file."""
+    dense = {
+        f"{module}.{kind}": (3,) for module in ("pre_classifier", "head.score") for kind in ("weight", "bias")
+    }
+    layout = AdapterLayout.of(1, {"attn.c_attn": (48, 16)}, 4, dense=dense)
+
+    def saved(*modules: str) -> set[str]:
+        config = LoraConfig(r=4, targets="all-linear", modules_to_save=modules)
+        return {name.rpartition(".")[0] for name, _ in layout.like(config).dense}
+
+    assert saved() == saved("lm_head") == saved("weight") == set()
+    assert saved("classifier", "score") == {"pre_classifier", "head.score"}
+    assert saved("pre_classifier") == {"pre_classifier"}
+    assert saved("head") == saved("head.score") == {"head.score"}
+
+
+def test_a_whole_matrix_that_is_not_trained_here_is_refused_by_name() -> None:
+    with pytest.raises(DataError, match=r"lm_head\.weight.*in full here: nothing"):
+        match_names([*NAMES, "base_model.model.lm_head.weight"], LAYOUT)
+
+
 @pytest.mark.parametrize("value", [None, False, {}])
 def test_an_unknown_setting_that_is_off_is_accepted_with_a_notice(value: object) -> None:
     _, notices = lora_config({**peft_config(LoraConfig(), "base"), "invented_next_year": value})
