@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from quantize.inputs import example, hears
 from quantize.tail import NO_TAIL, Tail, TailNames, tail_names
 from quantize.watching import (
     SHAPES,
     Seen,
-    batch,
     check_numbers,
     close,
     first_of,
@@ -101,7 +101,7 @@ class Anatomy:
     model: Any
     layers: tuple[nn.Module, ...]
     layers_path: str
-    embedding: nn.Embedding
+    embedding: nn.Embedding | None  # None: a model that hears
     norm: nn.Module
     norm_path: str
     head: nn.Linear | None  # None: a classifier
@@ -132,12 +132,14 @@ class Anatomy:
     @property
     def hidden(self) -> int:
         """Width of the hidden states."""
-        return int(self.embedding.weight.shape[1])
+        return int(
+            self.model.config.hidden_size if self.embedding is None else self.embedding.weight.shape[1]
+        )
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding."""
-        return int(self.embedding.weight.shape[0])
+        """Rows of the embedding, 0 of a model that hears."""
+        return 0 if self.embedding is None else int(self.embedding.weight.shape[0])
 
 
 def dissect(model: Any) -> Anatomy:
@@ -147,10 +149,10 @@ def dissect(model: Any) -> Anatomy:
     """
     check_numbers(model)
     path, layers = repeated(model)
-    runs = [watch(model, path, layers, *batch(model, *shape)) for shape in SHAPES]
+    runs = [watch(model, path, layers, *example(model, *shape)) for shape in SHAPES]
     hidden = _hidden_argument(path, layers, runs[0])
-    embedding = model.get_input_embeddings()
-    if not isinstance(embedding, nn.Embedding):
+    embedding = None if hears(model) else model.get_input_embeddings()
+    if embedding is not None and not isinstance(embedding, nn.Embedding):
         raise odd("the input embedding is no table", "embedding", type(embedding).__name__)
     outside = _outside(model, layers, runs[0])
     head = outside.head
@@ -180,7 +182,7 @@ def dissect(model: Any) -> Anatomy:
         norm=outside.norm,
         norm_path=outside.norm_path,
         head=head,
-        head_tied=head is None or head.weight is embedding.weight,
+        head_tied=head is None or (embedding is not None and head.weight is embedding.weight),
         logit_cap=outside.logit_cap,
         pattern=pattern,
         call=call,
@@ -206,7 +208,7 @@ def unrotated(name: str, like: Tensor) -> Tensor:
 
 def _check_causal(model: Any, logits: Tensor) -> None:
     """A token may change nothing before it."""
-    ids, mask = batch(model, *SHAPES[0])
+    ids, mask = example(model, *SHAPES[0])
     ids[0, -1] = (ids[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
         changed = model(input_ids=ids, attention_mask=mask).logits
@@ -228,7 +230,7 @@ class _Outside:
 def _outside(model: Any, layers: list[nn.Module], seen: Seen) -> _Outside:
     head = model.get_output_embeddings()
     if head is None:
-        ids, mask = batch(model, *SHAPES[0])
+        ids, mask = example(model, *SHAPES[0])
         try:
             found = tail_names(Tail(model, layers, tuples=seen.tuples), seen.outputs[-1], ids, mask)
         except Exception as error:  # whatever the model's own code may raise under a tracer

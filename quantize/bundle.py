@@ -36,6 +36,7 @@ from fedge.release import (
     sign_manifest,
 )
 from quantize import gates
+from quantize.audio_gates import AudioExam
 from quantize.blocks import adapted_modules, check_layers, graph_config
 from quantize.chat import chat_format
 from quantize.choice import Choice, choose, is_exact
@@ -70,11 +71,13 @@ def quantize(
     progress: Progress | None = None,
     chosen: Callable[[Choice], None] | None = None,
     classes: Sequence[str] = (),
+    seconds: float = 0,
 ) -> Manifest:
     """Write the bundle of the model `source` to the folder `out`, signed by `key`, and return its manifest.
 
     `progress(phase, fraction)` is told how far each phase is, `chosen` which format was taken and why; `memory_bytes`
-    is that of the smallest board; `classes` are names for what a classifier tells apart.
+    is that of the smallest board; `classes` are names for what a classifier tells apart, `seconds` the window of one
+    that hears.
 
     Raises UsageError when `out` exists, the refusals of `source.load`, GateError when the graphs do not compute what
     torch computes, StorageError. Nothing is left behind.
@@ -85,7 +88,7 @@ def quantize(
             "the bundle folder exists already", field="out", value=str(out), hint="Choose another one"
         )
     tell("read", 0.0)
-    loaded = load(source, classes)
+    loaded = load(source, classes, seconds)
     check_layers(loaded.model)
     _ = loaded.anatomy  # refuses what cannot be taken apart before anything is written
     choice = choose(loaded, weights_format, memory_bytes=memory_bytes)
@@ -123,7 +126,8 @@ class _Build:
         self._source, self._lora, self._format, self._head_rows = source, lora, fmt, head_rows
         self._folder = folder
         lora = graph_config(source.model, lora)  # of here on: what the graphs are made for
-        make = ClassifierExam if source.classes else gates.Exam
+        classifies = AudioExam if source.audio else ClassifierExam
+        make = classifies if source.classes else gates.Exam
         exam = make.of(source, exact=is_exact(source, fmt.name), fmt=fmt, lora=lora)
         fits = (
             fmt.name in FITTED and not exam.exact and not source.classes
@@ -147,7 +151,8 @@ class _Build:
         self._operators: set[str] = set()
         for file, graph in graphs.items():
             self._add(file, graph)
-        _write(folder / TOKENIZER, source.tokenizer)
+        if source.tokenizer:
+            _write(folder / TOKENIZER, source.tokenizer)
         draft = gates.Draft(folder, self._places, frozenset(self._operators), infer, head_rows)
         self._gates = exam.run(draft, tell)
 
@@ -196,6 +201,7 @@ class _Build:
             task="classify" if source.classes else "generate",
             classes=source.classes,
             dense={name: self._places[DENSE + name].shape for name in anatomy.tail.trained},
+            audio=source.audio or msgspec.UNSET,
         )
         if source.classes:
             return made

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,7 @@ from fedge.release import WEIGHTS
 from quantize import encoders, gates
 from quantize.formats import WeightFormat
 from quantize.gates import Draft, GateError
+from quantize.inputs import FEATURES, IDS, MASK, words_of
 from quantize.prologue import Prologue
 from quantize.reference import (
     Batch,
@@ -76,6 +77,10 @@ class ClassifierRunner(Runner):
     ) -> None:
         super().__init__(folder, tensors, layers, 0, kinds=kinds, graphs=GRAPHS)
 
+    def prologue(self, ids: Array, mask: Array) -> dict[str, Array]:
+        """x and the aux tensors of ids, or of features."""
+        return self._named("prologue", {IDS: ids, FEATURES: ids, MASK: mask})
+
     def forward(
         self, ids: Array, mask: Array, adapter: Mapping[str, Array]
     ) -> tuple[list[Array], dict[str, Array]]:
@@ -94,7 +99,7 @@ class ClassifierRunner(Runner):
         inputs, aux = self.forward(batch.ids, batch.mask, adapter)
         count = np.float32(len(batch.labels))
         more = {name: value for name, value in adapter.items() if name.startswith(DENSE)}
-        given = {"input_ids": batch.ids, "attention_mask": batch.mask, "labels": batch.labels}
+        given = {IDS: batch.ids, MASK: batch.mask, "labels": batch.labels}
         found = self._named("classify", {**more, **given}, h=inputs[-1])
         nll, logits, flow = found.pop("nll"), found.pop("logits"), found.pop("gh") / count
         gradients = {name.removeprefix("g:"): value / count for name, value in found.items()}
@@ -148,7 +153,7 @@ class ClassifierExam:
     def _cut(self, folder: Path) -> float:
         anatomy = self.source.anatomy
         chosen = layers_of_every_kind(anatomy)
-        config = cut_config(self.source.model.config, chosen, _CUT_VOCABULARY)
+        config = self._cut_config(chosen)
         pad = config.pad_token_id = self.source.pad_id if self.source.pad_id < _CUT_VOCABULARY else 0
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -159,6 +164,14 @@ class ClassifierExam:
         runner = ClassifierRunner(folder, tensors, len(chosen), kinds=kinds)
         random, errors = np.random.default_rng(0), []
         adapter = {**random_adapter(model, self.lora, random, scale=0.02), **_head(small)}
+        for batch in self._cut_batches(random, pad):
+            errors.append(compare(runner, model, self.lora, adapter, batch)[1])
+        return gates.below("cut_gradient_error", max(errors), self._rounds(gates.CUT_GRADIENT_ERROR_MAX))
+
+    def _cut_config(self, layers: Sequence[int]) -> Any:
+        return cut_config(self.source.model.config, layers, _CUT_VOCABULARY)
+
+    def _cut_batches(self, random: np.random.Generator, pad: int) -> Iterator[LabelledBatch]:
         for count, width in _CUT_SHAPES:
             width = min(width, longest_text(self.source))
             rows = [
@@ -166,9 +179,7 @@ class ClassifierExam:
                 for row in range(count)
             ]
             labels = random.integers(0, len(self.source.classes), count).tolist()
-            batch = LabelledBatch.of(rows, labels, pad)
-            errors.append(compare(runner, model, self.lora, adapter, batch)[1])
-        return gates.below("cut_gradient_error", max(errors), self._rounds(gates.CUT_GRADIENT_ERROR_MAX))
+            yield LabelledBatch.of(rows, labels, pad)
 
     def _quantisation(self) -> dict[str, float]:
         found = logits_of(self.source.model, self.batch)
@@ -194,9 +205,7 @@ class ClassifierExam:
 
     def _positions(self, runner: ClassifierRunner) -> tuple[float, float]:
         """(error of what precedes the layers, worst relative error of the hidden states at any position)."""
-        source = self.source
-        text = np.resize(self.batch.ids[self.batch.mask > 0], min(_POSITIONS, longest_text(source)))
-        batch = Batch.of([text.tolist(), text[: max(2, len(text) // 2)].tolist()], source.pad_id)
+        source, batch = self.source, self._longest()
         aux_error = gates.worst_aux(
             runner.prologue(batch.ids, batch.mask), outer_inputs(source.anatomy, batch)
         )
@@ -205,6 +214,12 @@ class ClassifierExam:
         expected = hidden_of(source, batch)[batch.mask > 0]
         norms = np.linalg.norm(expected, axis=-1)
         return aux_error, float((np.linalg.norm(found - expected, axis=-1) / norms).max())
+
+    def _longest(self) -> Batch | LabelledBatch:
+        """A text as long as the model takes, and half of it."""
+        source = self.source
+        text = np.resize(self.batch.ids[self.batch.mask > 0], min(_POSITIONS, longest_text(source)))
+        return Batch.of([text.tolist(), text[: max(2, len(text) // 2)].tolist()], source.pad_id)
 
     def _rounds(self, bound: float) -> float:
         return bound if self.fmt.gradient_gate else gates.ROUNDED_ERROR_MAX
@@ -241,7 +256,7 @@ def torch_answers(
     leaves = {name: torch.from_numpy(np.array(value)).requires_grad_() for name, value in adapter.items()}
     head = {name.removeprefix(DENSE): value for name, value in leaves.items() if name.startswith(DENSE)}
     model.requires_grad_(False)
-    words = {"input_ids": torch.from_numpy(batch.ids), "attention_mask": torch.from_numpy(batch.mask)}
+    words = words_of(model, torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
     with adapted(model, lora, leaves):
         logits = torch.func.functional_call(model, head, (), words).logits
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.labels))
@@ -253,13 +268,12 @@ def torch_answers(
 def logits_of(model: Any, batch: LabelledBatch | Batch) -> Tensor:
     """Logits [B, C] of the plain model."""
     with torch.no_grad():
-        found: Tensor = model(
-            input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)
-        ).logits
+        words = words_of(model, torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
+        found: Tensor = model(**words).logits
     return found
 
 
-def hidden_of(source: Source, batch: Batch) -> Array:
+def hidden_of(source: Source, batch: Batch | LabelledBatch) -> Array:
     """What the model's own last layer gives for a batch, [B, S, D]."""
     caught: list[Tensor] = []
 
@@ -278,6 +292,8 @@ def hidden_of(source: Source, batch: Batch) -> Array:
 def longest_text(source: Source) -> int:
     """How many tokens the model takes. Some families count positions from behind the padding token's number."""
     told = positions_max(source.model.config)
+    if source.audio is not None:
+        return source.audio.positions
     if told > _PROBED_MAX:
         return told
     start = Prologue(source.anatomy)

@@ -16,6 +16,7 @@ from quantize.anatomy import Anatomy
 from quantize.blocks import block_parameters, frozen_block
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import canonical, expand_powers, fold, select
+from quantize.inputs import MASK, example, name_of, sizes
 from quantize.joint import EXAMPLE, export_block, outer_dimensions, traced_graph
 from quantize.late import late_weights
 from quantize.lower import lower
@@ -37,7 +38,7 @@ def classifier_graphs(
     joint = expand_powers(fold(export_block(anatomy, block)))
     tell("export", 0.5)
     backward = [value.name for value in joint.graph.output if value.name != "y"]
-    table = {TABLE: ("V", anatomy.hidden)}
+    table = {} if anatomy.embedding is None else {TABLE: ("V", anatomy.hidden)}
     graphs = {
         "prologue.onnx": lower(fold(export_prologue(anatomy)), table, EMBEDDING_FORMAT),
         "block_fwd.onnx": lower(select(joint, ["y"]), shapes, fmt.name),
@@ -70,18 +71,19 @@ def export_head(anatomy: Anatomy) -> onnx.ModelProto:
         nll = lower.exp().sum(-1).log() - (lower * chosen).sum(-1)
         return (nll, logits, *torch.autograd.grad(nll.sum(), [h, *leaves.values()]))
 
-    ids = torch.randint(0, anatomy.vocabulary, EXAMPLE, generator=torch.Generator().manual_seed(0))
+    given, mask = example(anatomy.model, *EXAMPLE)
     tensors = (
-        torch.randn(*EXAMPLE, anatomy.hidden),
-        ids,
-        torch.ones_like(ids),
+        torch.randn(*mask.shape, anatomy.hidden),
+        given,
+        torch.ones_like(mask),
         torch.zeros(EXAMPLE[0], dtype=torch.long),
         *(own[name].detach() for name in (*trained, *frozen)),
     )
     b, s = outer_dimensions(anatomy)
-    shapes = ({0: b, 1: s}, {0: b, 1: s}, {0: b, 1: s}, {0: b}, *[None] * (len(tensors) - 4))
+    axes = sizes(anatomy.model, b, s)
+    shapes = (axes, axes, axes, {0: b}, *[None] * (len(tensors) - 4))
     dense = [DENSE + name for name in trained]
-    names = ("h", "input_ids", "attention_mask", "labels", *dense, *frozen)
+    names = ("h", name_of(anatomy.model), MASK, "labels", *dense, *frozen)
     outputs = ("nll", "logits", "gh", *(f"g:{name}" for name in dense))
     try:
         # What the embeddings still do for stubs that do not listen is left out.

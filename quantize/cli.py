@@ -40,6 +40,7 @@ examples:
   fedge quantize ./my-llama --out bundle --lora-rank 16 --lora-targets all-linear --rslora
   fedge quantize owner/name --out bundle --format int8g --key publisher.pem
   fedge quantize ./minilm --out bundle --classes-from intents.txt     a classifier of a bare encoder
+  fedge quantize ./whisper --out bundle --classes yes,no --seconds 1  the same for sound
 
 Weights are read as safetensors or GGUF; code that comes with a model is never run.
 """
@@ -98,6 +99,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     names.add_argument(
         "--classes-from", type=Path, metavar="FILE", help="the same from a file, one name a line"
     )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0,
+        metavar="S",
+        help="how long a model of sound shall listen at once: 1 for words (default: all that it can, 30 for Whisper)",
+    )
     add_lora_flags(parser)
     parser.add_argument(
         "--dry-run",
@@ -141,6 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=tell,
             chosen=taken.append,
             classes=classes,
+            seconds=arguments.seconds,
         )
     summary = _summary(manifest, arguments.out, taken[0])
     print(json.dumps(summary) if arguments.json else _text(summary))
@@ -248,6 +257,7 @@ def _summary(manifest: Manifest, out: Path, choice: Choice) -> dict[str, Any]:
         "exact": choice.exact,
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "task": manifest.task,
+        **({"hears_seconds": manifest.hears.seconds} if manifest.hears else {}),
         "adapter_numbers": manifest.layout.numbers,
         **_head_of(manifest),
         "generates": "infer.onnx" in manifest.files,

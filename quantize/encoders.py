@@ -19,13 +19,14 @@ from typing import Any, Final
 import msgspec
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForAudioClassification, AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedge.errors import UnsupportedError, UsageError
 from fedge.lora import LoraConfig
 from quantize.blocks import linears_of
 from quantize.checkpoint import read_checkpoint
+from quantize.inputs import hears
 from quantize.supported import kind_of
 from quantize.watching import layers_of
 
@@ -100,6 +101,14 @@ def open_classifier(folder: Path, architecture: str, classes: Sequence[str]) -> 
             )
         return Classifier(MeanPooled.from_folder(folder, len(classes)), tuple(classes))
     model = read_checkpoint(AutoModelForSequenceClassification, folder)
+    return Classifier(model, check_head(model, classes))
+
+
+def check_head(model: Any, classes: Sequence[str]) -> tuple[str, ...]:
+    """What the outputs of a model's own head are called: as the user says, else as the model does.
+
+    Raises UnsupportedError for a head that does not choose one of several, UsageError for names that do not fit.
+    """
     problem, count = model.config.problem_type, int(model.config.num_labels)
     if problem not in _PROBLEMS or count < 2:
         raise UnsupportedError(
@@ -116,7 +125,7 @@ def open_classifier(folder: Path, architecture: str, classes: Sequence[str]) -> 
         )
     own = tuple(str(model.config.id2label[index]) for index in range(count))
     check_names(own)
-    return Classifier(model, tuple(classes) or own)
+    return tuple(classes) or own
 
 
 def check_names(classes: Sequence[str]) -> None:
@@ -135,7 +144,8 @@ def like(model: Any, config: Any) -> Any:
     how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     if isinstance(model, MeanPooled):
         return MeanPooled(AutoModel.from_config(config, **how), model.classifier.out_features).eval()
-    return AutoModelForSequenceClassification.from_config(config, **how).eval()
+    make = AutoModelForAudioClassification if hears(model) else AutoModelForSequenceClassification
+    return make.from_config(config, **how).eval()
 
 
 def with_targets(model: Any, lora: LoraConfig) -> LoraConfig:

@@ -54,9 +54,13 @@ def export_block(anatomy: Anatomy, block: nn.Module) -> onnx.ModelProto:
     names = ("x", "gy", *anatomy.aux, *adapter, *frozen)
     outputs = ("y", "gx", *(f"g:{name}" for name in adapter))
     try:
-        return traced_graph(joint, tensors, (*shapes, *[None] * (len(tensors) - split)), names, outputs)
+        traced = traced_graph(joint, tensors, (*shapes, *[None] * (len(tensors) - split)), names, outputs)
     except Exception as error:  # whatever a layer's own code may raise under a tracer
         raise untraceable(f"{anatomy.layers_path}.{anatomy.pattern}", block, error) from error
+    for node in traced.graph.node:  # the exporter asks the last input for its sizes; the way there has no gy
+        if node.op_type == "Shape" and node.input[0] == "gy":
+            node.input[0] = "x"
+    return traced
 
 
 def example_aux(anatomy: Anatomy) -> list[Tensor]:

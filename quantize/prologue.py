@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from quantize.anatomy import Anatomy, Slot, take, unrotated
+from quantize.inputs import MASK, example, name_of, sizes, words_of
 from quantize.joint import EXAMPLE, outer_dimensions, to_onnx, tracing
 from quantize.placeholder import DOMAIN, EMBEDDING
 from quantize.watching import StandIn, arguments_of, untraceable
@@ -59,14 +60,16 @@ class Prologue(nn.Module):
             id(layer): stub(layer, anatomy.call.hidden, self._calls) for layer in anatomy.layers
         }
         memo |= {id(module): nn.Identity() for module in (anatomy.norm, anatomy.head) if module is not None}
-        small = nn.Parameter(torch.zeros(_ROWS, anatomy.hidden), requires_grad=False)
-        memo[id(anatomy.embedding.weight)] = small
+        if anatomy.embedding is not None:
+            small = nn.Parameter(torch.zeros(_ROWS, anatomy.hidden), requires_grad=False)
+            memo[id(anatomy.embedding.weight)] = small
         self.skeleton = copy.deepcopy(anatomy.model, memo)
-        self.skeleton.get_input_embeddings().padding_idx = None  # matters to its gradient alone
+        if anatomy.embedding is not None:
+            self.skeleton.get_input_embeddings().padding_idx = None  # matters to its gradient alone
         self.outer = outer_names(anatomy)
 
     def forward(self, ids: Tensor, mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return self.run({"input_ids": ids, "attention_mask": mask}, *tensors)
+        return self.run(words_of(self.skeleton, ids, mask), *tensors)
 
     def run(self, words: Mapping[str, Any], *tensors: Tensor) -> tuple[Tensor, ...]:
         """The same for a call of the model with these words."""
@@ -99,11 +102,12 @@ def outer_names(anatomy: Anatomy) -> dict[str, str]:
     skipped |= {
         id(value) for module in (anatomy.norm, anatomy.head) if module for value in module.parameters()
     }
-    skipped.discard(id(anatomy.embedding.weight))
+    table = None if anatomy.embedding is None else anatomy.embedding.weight
+    skipped.discard(id(table))
     skipped |= {id(value) for name, value in anatomy.model.named_parameters() if name in anatomy.tail.all}
     positions = _position_table(anatomy)
     for name, value in anatomy.model.named_parameters():
-        if value is anatomy.embedding.weight:
+        if value is table:
             names = {TABLE: name, **names}
         elif id(value) not in skipped:
             names[POSITIONS if value is positions else name] = name
@@ -122,25 +126,26 @@ def _position_table(anatomy: Anatomy) -> Tensor | None:
 def export_prologue(anatomy: Anatomy) -> onnx.ModelProto:
     """Inputs input_ids, attention_mask, EMB and other outer tensors by name; outputs x and `Anatomy.aux_outputs`."""
     program = Prologue(anatomy)
-    ids = torch.zeros(EXAMPLE, dtype=torch.long)
+    given, mask = example(anatomy.model, *EXAMPLE)
     own = dict(program.skeleton.named_parameters())
     tensors = tuple(
         torch.randn(_ROWS, anatomy.hidden) if name == TABLE else own[full].detach()
         for name, full in program.outer.items()
     )
     b, s = outer_dimensions(anatomy)
+    axes = sizes(anatomy.model, b, s)
     rows = [{0: Dim("rows", min=2)} if name == TABLE else None for name in program.outer]
     try:
         with torch.no_grad(), tracing():
             exported = torch.export.export(
                 program,
-                (ids, torch.ones_like(ids), *tensors),
-                dynamic_shapes=({0: b, 1: s}, {0: b, 1: s}, tuple(rows)),
+                (torch.zeros_like(given), torch.ones_like(mask), *tensors),
+                dynamic_shapes=(axes, axes, tuple(rows)),
                 strict=False,
             )
     except Exception as error:  # whatever the model's own code may raise under the exporter
         raise untraceable("what comes before the layers", anatomy.model, error) from error
-    inputs = ("input_ids", "attention_mask", *program.outer)
+    inputs = (name_of(anatomy.model), MASK, *program.outer)
     return _plain_tables(to_onnx(exported, inputs, ("x", *anatomy.aux_outputs)))
 
 

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,15 @@ from quantize.watching import layers_of
 
 _CUT_LAYERS: Final = 2
 _POSITIONS_ANY: Final = 131_072  # where a configuration sets no limit
+
+
+class Inputs(Protocol):
+    """What a model is given: ids and mask, int64 [B, S]; or features and a mask of the positions they become."""
+
+    @property
+    def ids(self) -> Array: ...
+    @property
+    def mask(self) -> Array: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +129,7 @@ def features(anatomy: Anatomy, batch: Batch) -> Array:
     return found
 
 
-def outer_inputs(anatomy: Anatomy, batch: Batch) -> dict[str, Array]:
+def outer_inputs(anatomy: Anatomy, batch: Inputs) -> dict[str, Array]:
     """x and the aux tensors as the model's own modules hand them to its layers."""
     start = Prologue(anatomy)
     named = dict(anatomy.model.named_parameters())

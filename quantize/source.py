@@ -18,10 +18,12 @@ from typing import Any, Final
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedge.audio import AudioInput
 from fedge.errors import DataError, NoInputError, UnavailableError, UnsupportedError, UsageError
 from fedge.io.model_source import ModelSource, resolve_model
 from quantize import tokenizer as tokenizers
 from quantize.anatomy import Anatomy, dissect
+from quantize.audio import check_audio_config, is_audio, open_audio
 from quantize.chat_template import template_in, tokens_in
 from quantize.checkpoint import read_checkpoint
 from quantize.encoders import open_classifier
@@ -59,6 +61,7 @@ class Source:
     chat_template: str = ""
     template_tokens: dict[str, str] = field(default_factory=dict)  # special tokens that the template names
     classes: tuple[str, ...] = ()  # of a classifier, by index; () = a causal LM
+    audio: AudioInput | None = None  # what a classifier of sound hears; such a source has no tokenizer
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -66,8 +69,10 @@ class Source:
         return dissect(self.model)
 
 
-def load(text: str, classes: Sequence[str] = ()) -> Source:
+def load(text: str, classes: Sequence[str] = (), seconds: float = 0) -> Source:
     """The model that `text` names (registered name, .gguf file, folder, hub id); `classes` are names for its outputs.
+
+    `seconds` are what a model of sound shall hear at once, 0 = all that it can.
 
     Raises NoInputError, DataError, UnsupportedError, or UnavailableError when the hub cannot be reached.
     """
@@ -78,6 +83,8 @@ def load(text: str, classes: Sequence[str] = ()) -> Source:
         assert place.path is not None
         if classes:
             raise _no_classes(place.path.name)
+        if seconds:
+            raise _no_seconds(place.path.name)
         return load_gguf(place.path, licence=place.licence)
     folder = place.path if place.path is not None else _from_hub(place)
     return _load_folder(
@@ -85,6 +92,7 @@ def load(text: str, classes: Sequence[str] = ()) -> Source:
         name=place.hub_id or place.name or folder.resolve().name,
         licence=place.licence,
         classes=classes,
+        seconds=seconds,
     )
 
 
@@ -118,17 +126,16 @@ def check_counts(model: Any, eos: int) -> None:
         raise DataError("the end-of-text token has no row", field="eos_token_id", value=eos)
 
 
-def _load_folder(folder: Path, *, name: str, licence: str, classes: Sequence[str] = ()) -> Source:
+def _load_folder(
+    folder: Path, *, name: str, licence: str, classes: Sequence[str] = (), seconds: float = 0
+) -> Source:
     config = _read_json(folder / "config.json")
+    if is_audio(config):
+        return _load_audio(folder, config, (name, licence), classes, seconds)
     architecture = check_config(config)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise UnsupportedError(
-            "no *.safetensors in the model folder",
-            field="model",
-            value=str(folder),
-            hint="Pickled weights are not opened: save the model again with safe_serialization=True",
-        )
+    if seconds:
+        raise _no_seconds(architecture)
+    weights = _weights_of(folder)
     vocabulary = _tokenizer_of(folder)
     tokenizers.check_ids(vocabulary, int(config["vocab_size"]))
     if kind_of(architecture) == "generate":
@@ -161,6 +168,39 @@ def _load_folder(folder: Path, *, name: str, licence: str, classes: Sequence[str
     )
 
 
+def _load_audio(
+    folder: Path, config: dict[str, Any], names: tuple[str, str], classes: Sequence[str], seconds: float
+) -> Source:
+    """A classifier of sound; `names` are the model's name and its licence."""
+    architecture = check_audio_config(config)
+    weights = _weights_of(folder)
+    opened = open_audio(folder, architecture, classes, seconds)
+    return Source(
+        model=opened.model,
+        architecture=type(opened.model).__name__,
+        tokenizer=b"",
+        name=names[0],
+        licence=names[1] or _licence_of(folder),
+        sha256=_digest_of([folder / "config.json", *weights]),
+        eos_id=0,
+        pad_id=0,
+        classes=opened.classes,
+        audio=opened.audio,
+    )
+
+
+def _weights_of(folder: Path) -> list[Path]:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UnsupportedError(
+            "no *.safetensors in the model folder",
+            field="model",
+            value=str(folder),
+            hint="Pickled weights are not opened: save the model again with safe_serialization=True",
+        )
+    return weights
+
+
 def _pad_of(config: dict[str, Any]) -> int:
     pad = config.get("pad_token_id", 0)
     if not isinstance(pad, int) or pad < 0:
@@ -177,6 +217,10 @@ def _no_classes(what: str) -> UsageError:
     )
 
 
+def _no_seconds(what: str) -> UsageError:
+    return UsageError("only a model of sound hears for a while", field="seconds", value=what)
+
+
 def _from_hub(place: ModelSource) -> Path:
     """Configuration first: a model that is not handled is refused before its weights are downloaded."""
     from huggingface_hub import snapshot_download
@@ -184,7 +228,8 @@ def _from_hub(place: ModelSource) -> Path:
 
     try:
         first = Path(snapshot_download(place.hub_id, allow_patterns=["config.json"]))
-        check_config(_read_json(first / "config.json"))
+        config = _read_json(first / "config.json")
+        check_audio_config(config) if is_audio(config) else check_config(config)
         return Path(snapshot_download(place.hub_id, allow_patterns=_HUB_FILES))
     except RepositoryNotFoundError as error:
         raise NoInputError("no such model on the hub", field="model", value=place.hub_id) from error

@@ -62,13 +62,21 @@ def check_config(config: Config) -> str:
     if kind_of(architecture) is None:
         raise unsupported_architecture(architecture)
     _check_kind(architecture, config.get("model_type"))
+    check_keys(architecture, config)
+    return architecture
+
+
+def check_keys(architecture: str, config: Config) -> None:
+    """Raises UnsupportedError for a key whose meaning is not known, and for weights or code of another kind."""
+    for key in ("quantization_config", "auto_map"):
+        if config.get(key) is not None:
+            raise _refused(architecture, key, config[key])
     known = _known_keys(config)
     for key, value in sorted(config.items()):
         if key in _ROPE_KEYS:
             _check_rope(architecture, key, value)
         if key not in known and key not in _NO_MEANING_HERE and value is not None:
             raise _refused(architecture, key, value)
-    return architecture
 
 
 def kind_of(architecture: str) -> Kind | None:

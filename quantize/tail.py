@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from quantize.inputs import words_of
 from quantize.watching import StandIn
 
 
@@ -67,7 +68,7 @@ class Tail(nn.Module):
 
     def forward(self, h: Tensor, ids: Tensor, mask: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         self._given[:] = [h]
-        words = {"input_ids": ids, "attention_mask": mask}
+        words = words_of(self.skeleton, ids, mask)
         logits: Tensor = torch.func.functional_call(self.skeleton, dict(parameters), (), words).logits
         return logits
 

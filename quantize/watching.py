@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fedge.errors import DataError, UnsupportedError
+from quantize.inputs import words_of
 
 # Two batches of different shape: a size that follows the batch or the length shows by changing.
 SHAPES: Final = ((2, 13), (3, 17))
-_PADDED: Final = 4  # positions of the last row that are padding
 _SAME: Final = 1e-5  # relative, between a layer and the pattern in its place
 _HINT: Final = (
     "Handled is any causal LM of equal layers whose graphs pass the gates; docs/models.md lists those tested"
@@ -64,15 +64,6 @@ def check_numbers(model: nn.Module) -> None:
             raise DataError("the model has weights that are no numbers", field="tensor", value=name)
 
 
-def batch(model: Any, count: int, length: int) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(length)
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, rows, (count, length), generator=draw)
-    mask = torch.ones_like(ids)
-    mask[-1, -_PADDED:] = 0
-    return ids, mask
-
-
 def watch(model: Any, path: str, layers: list[nn.Module], ids: Tensor, mask: Tensor) -> Seen:
     seen = Seen([], [], [], torch.empty(0))
     order: list[int] = []
@@ -106,7 +97,7 @@ def watch(model: Any, path: str, layers: list[nn.Module], ids: Tensor, mask: Ten
             if id(module) not in inside:
                 handles.append(module.register_forward_hook(of_other(name)))
         try:
-            seen.logits = model(input_ids=ids, attention_mask=mask).logits
+            seen.logits = model(**words_of(model, ids, mask)).logits
         except Exception as error:  # whatever the model's own code may raise
             raise untraceable("a model that is given ids and a mask", model, error) from error
     if order != list(range(len(layers))):

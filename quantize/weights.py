@@ -53,7 +53,7 @@ def quantise(
                 tensors[f"{place}.b" if module in matrices else f"L{index}/{name}"] = _floats(parameter, full)
         tell("quantise", (index + 1) / (len(anatomy.layers) + 1))
     named, outer = dict(source.model.named_parameters()), outer_names(anatomy)
-    tables = {TABLE: outer.pop(TABLE)}
+    tables = {TABLE: outer.pop(TABLE)} if anatomy.embedding is not None else {}
     if anatomy.head is not None and not anatomy.head_tied:
         tables[HEAD] = next(name for name, value in named.items() if value is anatomy.head.weight)
     for place, full in tables.items():
