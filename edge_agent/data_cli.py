@@ -15,7 +15,8 @@ _DESCRIPTION = """\
 Shows what is in a data file, without training: which form it has, how many examples, how long they are, what is left
 out and why; and three examples as the model will read them, with the part that is learnt marked. FILE may be JSON
 Lines or a JSON list (messages, ShareGPT, Alpaca, prompt and completion, text, text and label), a table (CSV, TSV),
-plain text, Parquet (with the extra `parquet`), or a folder of such files. What it is, is told by its content."""
+plain text, Parquet (with the extra `parquet`), or a folder of such files; recordings (WAV) in a folder for each class,
+or a list of {"audio": PATH, "label": …}. What it is, is told by its content."""
 
 
 def add_data(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -125,12 +126,14 @@ def _data(arguments: argparse.Namespace) -> None:
 def _with_bundle(arguments: argparse.Namespace, reading: Reading) -> Preview:
     from edge_agent.bundle import open_bundle
     from edge_agent.dataset.encoding import load_encoder
-    from edge_agent.dataset.preview import preview
+    from edge_agent.dataset.preview import preview, preview_of_recordings
     from fedge.errors import UsageError
     from fedge.messages import Template, Training
 
     bundle = open_bundle(arguments.bundle)
     manifest = bundle.manifest
+    if manifest.hears is not None:
+        return preview_of_recordings(arguments.file, manifest.hears, manifest.classes, reading)
     window = arguments.window or min(Training().window_tokens, manifest.positions_max)
     if not 8 <= window <= manifest.positions_max:
         raise UsageError(

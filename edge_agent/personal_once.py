@@ -92,6 +92,7 @@ def personalise_once(
             steps=steps or STEPS,
             training=msgspec.structs.replace(training or Training(), rule="fedit", rate=RATE),
             threads=threads_allowed(threads),
+            reading=Reading(folder=str((reading or Reading()).root(data).resolve())),
             data_seed=seed,
         )
         reply = trial.one_job(job, "own steps", progress)

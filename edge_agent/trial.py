@@ -112,7 +112,10 @@ def train_once(
             )
         write_records(folder / "train.jsonl", train)
         write_records(folder / "held_out.jsonl", held_out, HELD_OUT_MAX)
-        bench = _Bench(bundle.resolve(), folder, own.training, threads_allowed(threads), progress)
+        parts = Reading(
+            folder=str((reading or Reading()).root(data).resolve())
+        )  # recordings stay where they are
+        bench = _Bench(bundle.resolve(), folder, own.training, threads_allowed(threads), progress, parts)
         try:
             before = bench.evaluate(own, "loss before")
             own, trained = bench.train(own, rounds)
@@ -187,9 +190,16 @@ class _Bench:
     """One worker and the jobs of a trial."""
 
     def __init__(
-        self, bundle: Path, folder: Path, training: Training, threads: int, progress: OnProgress
+        self,
+        bundle: Path,
+        folder: Path,
+        training: Training,
+        threads: int,
+        progress: OnProgress,
+        reading: Reading | None = None,
     ) -> None:
         self._bundle, self._folder, self._training = bundle, folder, training
+        self._reading = reading or Reading()
         self.threads, self._progress = threads, progress
         self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self._verified: jobs.VerifiedStamp | None = None
@@ -204,6 +214,7 @@ class _Bench:
             training=self._training,
             verified=self._verified,
             threads=self.threads,
+            reading=self._reading,
         )
         reply = self.do(job, what)
         assert isinstance(reply, jobs.Evaluated)
@@ -222,6 +233,7 @@ class _Bench:
                 training=self._training,
                 verified=self._verified,
                 threads=self.threads,
+                reading=self._reading,
                 delta=str(delta),
                 steps=steps,
                 start=done,

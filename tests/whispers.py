@@ -86,5 +86,7 @@ def write_recordings(folder: Path, each: int, *, seconds: float = SECONDS) -> Pa
     """A folder with a folder for each class, and `each` tones in it."""
     for label, hertz in HERTZ.items():
         for number in range(each):
-            write_wave(folder / label / f"{number}.wav", tone(hertz * (1 + 0.01 * number), seconds, seed=number))
+            write_wave(
+                folder / label / f"{number}.wav", tone(hertz * (1 + 0.01 * number), seconds, seed=number)
+            )
     return folder

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from edge_agent.dataset.audio_rows import AudioRow, load_recordings, root_of
+    from edge_agent.dataset.audio_rows import AudioRow, load_recordings
     from edge_agent.dataset.batching import (
         IGNORE,
         Batch,
@@ -71,10 +71,9 @@ __all__ = [
     "normal_form",
     "read_records",
     "render",
-    "root_of",
 ]
 _HOME: Final = {
-    "audio_rows": ("AudioRow", "load_recordings", "root_of"),
+    "audio_rows": ("AudioRow", "load_recordings"),
     "batching": ("IGNORE", "Batch", "batches", "evaluation_batches", "make_batch"),
     "choices": ("Reading",),
     "encoding": ("Encode", "TextEncoder", "load_encoder"),

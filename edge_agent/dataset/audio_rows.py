@@ -53,13 +53,6 @@ class AudioRow(Row):
         return log_mel(read_wave(self.path, self.audio.samples, self.audio.sample_rate).samples, self.audio)
 
 
-def root_of(path: Path, reading: Reading | None = None) -> Path:
-    """The folder where the paths of the recordings of the data file or folder `path` begin."""
-    if reading is not None and reading.folder:
-        return Path(reading.folder)
-    return path if path.is_dir() else path.parent
-
-
 def load_recordings(
     path: Path,
     audio: AudioInput,
@@ -75,13 +68,15 @@ def load_recordings(
     is left out. Raises DataError for a bad file, path or label and when no row is left, and what `read_records` raises.
     """
     how, tally = reading or Reading(), tally if tally is not None else Tally()
-    maker = _Maker(root_of(path, how).resolve(), audio, classes, kept_bytes_max)
+    root = how.root(path).resolve()
+    maker = _Maker(root, audio, classes, kept_bytes_max)
     rows: list[Row] = []
     for record in read_records(path, how, tally):
         try:
             row = maker.row(record)
         except DataError as error:
-            tally.refused(placed(error, path, record.line) if record.line else error, how)
+            told = not record.line or error.what.startswith(str(root))  # by the path of the recording
+            tally.refused(error if told else placed(error, path, record.line), how)
             continue
         if row is not None:
             rows.append(row)

@@ -6,6 +6,7 @@ bad lines may be passed over are said here or not at all.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Final, Literal, TypedDict
 
 import msgspec
@@ -69,6 +70,12 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         for role in self.roles.values():
             if role not in ROLES:
                 raise UsageError("no such role", field="roles", value=role, hint=f"One of {', '.join(ROLES)}")
+
+    def root(self, data: Path) -> Path:
+        """Where the paths of the recordings of the file or folder `data` begin."""
+        if self.folder:
+            return Path(self.folder)
+        return data if data.is_dir() else data.parent
 
 
 AS_IT_IS: Final = Reading()

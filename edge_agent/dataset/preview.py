@@ -6,17 +6,20 @@ characters in the owner's words do not reach the terminal.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 
+from edge_agent.dataset.audio_rows import load_recordings
 from edge_agent.dataset.choices import Reading
 from edge_agent.dataset.reading import Tally, read_records
 from edge_agent.dataset.row import Row
 from edge_agent.dataset.rows import load_dataset
 from edge_agent.jobs import Counts
+from fedge.audio import AudioInput
 from fedge.chat import ChatFormat
 from fedge.messages import Template
 
@@ -24,7 +27,12 @@ EXAMPLES: Final = 3
 _BARS: Final = 8
 _BAR_CHARS: Final = 40
 _LEARNT: Final = "\033[32m{}\033[0m", "[[{}]]"  # on a terminal, and elsewhere
-_KINDS: Final = {"Conversation": "conversations", "Passage": "texts", "Labelled": "texts with a label"}
+_KINDS: Final = {
+    "Conversation": "conversations",
+    "Passage": "texts",
+    "Labelled": "texts with a label",
+    "Recording": "recordings",
+}
 
 
 class Encoder(Protocol):
@@ -60,6 +68,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True):
     learnt: int = 0
     examples: list[list[Part]] = []
     labels: dict[str, int] = {}
+    seconds: float = 0.0  # that are heard of a recording
 
 
 def look(path: Path, reading: Reading) -> Preview:
@@ -115,6 +124,23 @@ def preview(
     )
 
 
+def preview_of_recordings(path: Path, audio: AudioInput, classes: Sequence[str], reading: Reading) -> Preview:
+    """The same for a bundle that hears. Raises as `load_recordings`."""
+    tally = Tally()
+    dataset = load_recordings(path, audio, classes, reading=reading, tally=tally, kept_bytes_max=0)
+    found = Counter(classes[row.label] for row in dataset.rows)
+    return Preview(
+        path=str(path),
+        form=tally.form,
+        kinds=tally.forms,
+        counts=dataset.counts,
+        first_bad=tally.first,
+        window=audio.positions,
+        seconds=audio.seconds,
+        labels=dict(found),
+    )
+
+
 def learnt_spans(row: Row) -> Iterator[tuple[int, int]]:
     """The tokens (from, to) of a row that are labels."""
     at = max(row.prompt_tokens, 1)  # a row's first token has nothing before it
@@ -151,6 +177,9 @@ def lines(found: Preview, *, colour: bool) -> Iterator[str]:
     yield f"{found.path}: {found.form}, {kinds or 'nothing'}"
     if counts.bad:
         yield f"passed over: {counts.bad:,} bad records; the first: {found.first_bad}"
+    if found.seconds:
+        yield from _heard(found)
+        return
     if not found.lengths:
         yield f"about {counts.examples:,} examples; with --bundle DIR it is shown what is learnt of them"
         return
@@ -164,8 +193,7 @@ def lines(found: Preview, *, colour: bool) -> Iterator[str]:
         if number:
             yield f"  {number:,} {what}"
     yield f"tokens: {found.tokens:,}, of which {found.learnt:,} are learnt ({found.learnt / found.tokens:.0%})"
-    for name, number in sorted(found.labels.items(), key=lambda item: -item[1])[:12]:
-        yield f"  label {name}: {number:,}"
+    yield from _labels(found)
     yield f"tokens in a row (window {found.window:,}):"
     yield from _histogram(found.lengths)
     style = _LEARNT[0 if colour else 1]
@@ -174,6 +202,21 @@ def lines(found: Preview, *, colour: bool) -> Iterator[str]:
         yield ""
         yield f"example {number} of {len(found.examples)}, what is learnt {marked}:"
         yield "".join(style.format(shown(part.text)) if part.learnt else shown(part.text) for part in example)
+
+
+def _heard(found: Preview) -> Iterator[str]:
+    counts = found.counts
+    yield f"recordings: {counts.examples:,}, of which {counts.kept:,} are learnt, {found.seconds:g} s of each"
+    if counts.shortened:
+        yield f"  {counts.shortened:,} are longer: only their beginning is heard"
+    if counts.empty:
+        yield f"  {counts.empty:,} left out: there is no sound in them"
+    yield from _labels(found)
+
+
+def _labels(found: Preview) -> Iterator[str]:
+    for name, number in sorted(found.labels.items(), key=lambda item: -item[1])[:12]:
+        yield f"  label {name}: {number:,}"
 
 
 def _histogram(lengths: Sequence[int]) -> Iterator[str]:
