@@ -43,6 +43,7 @@ from quantize.graph import GraphWriter, canonical, expand_powers, fold, make_mod
 from quantize.joint import export_norm, to_onnx
 from quantize.lower import DecodeLowering, Matrix
 from quantize.placeholder import DOMAIN, LINEAR
+from quantize.tracing import tracing
 
 LEVEL_EXACT: Final = 0  # MatMulNBits adds in floats
 LEVEL_INT8: Final = 4  # it rounds activations to 8 bits first
@@ -211,23 +212,24 @@ def export_cached_block(anatomy: Anatomy, block: nn.Module, cache: CacheShape) -
     auto = torch.export.Dim.AUTO
     sizes = {MASK: {0: auto, 2: auto, 3: auto}} | {name: {0: auto, 1: auto} for name in ROTARY}
     try:
-        program = torch.export.export(
-            _CachedBlock(anatomy, block, list(tensors)),
-            (
-                torch.randn(2, new, anatomy.hidden),
-                keys,
-                keys.clone(),
-                tuple(examples[name] for name in anatomy.aux),
-                tuple(tensors.values()),
-            ),
-            dynamic_shapes=(
-                {0: auto, 1: auto},
-                *[{0: auto, 2: auto}] * 2,
-                tuple(sizes[name] for name in anatomy.aux),
-                (None,) * len(tensors),
-            ),
-            strict=False,
-        )
+        with tracing():
+            program = torch.export.export(
+                _CachedBlock(anatomy, block, list(tensors)),
+                (
+                    torch.randn(2, new, anatomy.hidden),
+                    keys,
+                    keys.clone(),
+                    tuple(examples[name] for name in anatomy.aux),
+                    tuple(tensors.values()),
+                ),
+                dynamic_shapes=(
+                    {0: auto, 1: auto},
+                    *[{0: auto, 2: auto}] * 2,
+                    tuple(sizes[name] for name in anatomy.aux),
+                    (None,) * len(tensors),
+                ),
+                strict=False,
+            )
     except Exception as error:  # whatever a layer's own code may raise under the exporter
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise undecodable("its layers cannot be traced with a cache", line) from error

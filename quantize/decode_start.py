@@ -22,6 +22,7 @@ from quantize.anatomy import Anatomy
 from quantize.graph import GraphWriter
 from quantize.joint import EXAMPLE, to_onnx
 from quantize.prologue import TABLE, Prologue, _plain_tables, outer_names
+from quantize.tracing import tracing
 
 MASK: Final = "mask"
 ROTARY: Final = ("cos", "sin")
@@ -74,7 +75,7 @@ def export_start(anatomy: Anatomy) -> onnx.ModelProto:
     positions = torch.arange(EXAMPLE[1])[None].repeat(EXAMPLE[0], 1)
     auto = Dim.AUTO
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tracing():
             exported = torch.export.export(
                 program,
                 (ids, positions, *tensors),

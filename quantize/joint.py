@@ -7,8 +7,6 @@ The weights stay inputs: one graph then serves every layer, fed from the mapped 
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -25,11 +23,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from quantize.anatomy import BATCH, LENGTH, Anatomy, Size, take
 from quantize.blocks import block_parameters
 from quantize.idle import drop_idle
-from quantize.placeholder import translations
 from quantize.sequences import cut_sequences
+from quantize.tracing import onnx_of, tracing
 from quantize.watching import untraceable
 
-OPSET: Final = 18  # the lowest that torch's exporter writes; older runtimes read it too
 _LENGTH_MAX: Final = 1 << 20
 EXAMPLE: Final = (2, 13)  # batch and length of the traced example; any other works at run time
 
@@ -100,18 +97,7 @@ def export_norm(norm: nn.Module, hidden: int) -> onnx.ModelProto:
 
 def to_onnx(program: Any, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
     """ONNX graph of an exported program, its inputs and outputs renamed in order."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # one line per missing torchvision operator
-    with warnings.catch_warnings(), tracing():
-        warnings.simplefilter("ignore")
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            optimize=False,
-            verbose=False,
-            custom_translation_table=translations(),
-        )
-    model: onnx.ModelProto = exported.model_proto
+    model = onnx_of(program)
     _rename(model.graph, inputs, outputs)
     cut_sequences(model.graph)
     return model
@@ -175,8 +161,3 @@ def outer_dimensions(anatomy: Anatomy) -> tuple[Any, Any]:
     """The same for what surrounds the layers: encoders cut positions out of a buffer, which has an end."""
     longest = getattr(anatomy.model.config, "max_position_embeddings", None) if anatomy.head is None else None
     return dimensions(longest) if longest else dimensions()
-
-
-def tracing() -> Any:
-    """Settings of torch's tracer: its cache of shapes costs a third of an export and is hardly ever hit."""
-    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)

@@ -18,8 +18,9 @@ from torch.export import Dim
 
 from quantize.anatomy import Anatomy, Slot, take, unrotated
 from quantize.inputs import MASK, example, name_of, sizes, words_of
-from quantize.joint import EXAMPLE, outer_dimensions, to_onnx, tracing
+from quantize.joint import EXAMPLE, outer_dimensions, to_onnx
 from quantize.placeholder import DOMAIN, EMBEDDING
+from quantize.tracing import tracing
 from quantize.watching import StandIn, arguments_of, untraceable
 
 TABLE: Final = "EMB"  # the embedding, quantised
