@@ -4,7 +4,8 @@
 (b) the whole model, one batch: loss, gradients and logits against torch on the dequantised weights, and the hidden
     states at every position of a text as long as the model takes;
 (c) logits of the source against the quantised model, and KL(source || quantised) of its classes, on a fixed text;
-(d) only operators that a device allows. There is nothing to decode.
+(d) only operators that a device allows. There is nothing to decode;
+(e) the head in two graphs, where it is, against the head in one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from fedge.io.weight_file import map_weights
 from fedge.lora import DENSE, LoraConfig
 from fedge.release import WEIGHTS
 from quantize import encoders, gates
+from quantize.features import FEATURES as FEATURES_FILE
+from quantize.features import HEAD as HEAD_FILE
 from quantize.formats import WeightFormat
 from quantize.gates import Draft, GateError
 from quantize.inputs import FEATURES, IDS, MASK, words_of
@@ -44,6 +47,7 @@ GRAPHS: Final = ("prologue", "block_fwd", "block_bwd", "classify")
 LOGITS_ERROR_MAX: Final = 1e-3  # relative, of the graphs against torch; measured 2e-6
 LOGITS_CHANGE_MAX: Final = 0.25  # relative, of the quantised model against its source; int8g 0.01, int4d 0.1
 EXACT_LOGITS_CHANGE_MAX: Final = 1e-3
+HEAD_ERROR_MAX: Final = 1e-5  # relative, of the head in two graphs against the head in one; measured 0
 _CUT_VOCABULARY: Final = 320
 _CUT_SHAPES: Final = ((1, 5), (3, 17), (2, 40))
 _POSITIONS: Final = 640
@@ -75,7 +79,9 @@ class ClassifierRunner(Runner):
     def __init__(
         self, folder: Path, tensors: Mapping[str, Array], layers: int, *, kinds: Sequence[str] = ()
     ) -> None:
-        super().__init__(folder, tensors, layers, 0, kinds=kinds, graphs=GRAPHS)
+        halves = [Path(file).stem for file in (FEATURES_FILE, HEAD_FILE) if (folder / file).exists()]
+        super().__init__(folder, tensors, layers, 0, kinds=kinds, graphs=(*GRAPHS, *halves))
+        self.in_two = bool(halves)
 
     def prologue(self, ids: Array, mask: Array) -> dict[str, Array]:
         """x and the aux tensors of ids, or of features."""
@@ -98,9 +104,7 @@ class ClassifierRunner(Runner):
         """(losses [B], logits [B, C], gradients of the mean loss)."""
         inputs, aux = self.forward(batch.ids, batch.mask, adapter)
         count = np.float32(len(batch.labels))
-        more = {name: value for name, value in adapter.items() if name.startswith(DENSE)}
-        given = {IDS: batch.ids, MASK: batch.mask, "labels": batch.labels}
-        found = self._named("classify", {**more, **given}, h=inputs[-1])
+        found = self.head(inputs[-1], batch, adapter)
         nll, logits, flow = found.pop("nll"), found.pop("logits"), found.pop("gh") / count
         gradients = {name.removeprefix("g:"): value / count for name, value in found.items()}
         for index in reversed(range(self._layers)):
@@ -109,6 +113,16 @@ class ClassifierRunner(Runner):
             flow = by_name.pop("gx")
             gradients |= {f"L{index}/{name.removeprefix('g:')}": v for name, v in by_name.items()}
         return nll, logits, gradients
+
+    def head(self, h: Array, batch: LabelledBatch, adapter: Mapping[str, Array]) -> dict[str, Array]:
+        """What the head makes of the last block's output: nll, logits, gh, g:dense/NAME; gradients of the sum."""
+        return self._named("classify", _head_feeds(batch, adapter), h=h)
+
+    def head_in_two(self, h: Array, batch: LabelledBatch, adapter: Mapping[str, Array]) -> dict[str, Array]:
+        """The same without gh, by way of the vector that stays as it is while the encoder is frozen."""
+        feeds = _head_feeds(batch, adapter)
+        vector = self._named(Path(FEATURES_FILE).stem, feeds, h=h)
+        return self._named(Path(HEAD_FILE).stem, feeds, **vector)
 
     def _named(self, graph: str, more: Mapping[str, Array], **feed: Array) -> dict[str, Array]:
         names = [output.name for output in self._sessions[graph].get_outputs()]
@@ -146,7 +160,7 @@ class ClassifierExam:
         tensors = map_weights(draft.folder / WEIGHTS, draft.places)
         runner = ClassifierRunner(draft.folder, tensors, len(anatomy.layers), kinds=anatomy.kinds)
         tell("gates", 0.5)
-        figures |= self._whole(runner)
+        figures |= self._whole(runner) | self._halves(runner)
         tell("gates", 1.0)
         return {name: gates.rounded(value) for name, value in figures.items()}
 
@@ -202,6 +216,20 @@ class ClassifierExam:
             "aux_error": below("aux_error", aux, gates.AUX_ERROR_MAX),
             "position_error": below("position_error", position, rounds(gates.POSITION_ERROR_MAX)),
         }
+
+    def _halves(self, runner: ClassifierRunner) -> dict[str, float]:
+        """Nothing where the head is in one graph alone."""
+        if not runner.in_two:
+            return {}
+        adapter = random_adapter(self.source.model, self.lora, np.random.default_rng(1), scale=0.01)
+        adapter |= _head(self.source)
+        h = runner.forward(self.batch.ids, self.batch.mask, adapter)[0][-1]
+        whole, found = (run(h, self.batch, adapter) for run in (runner.head, runner.head_in_two))
+        error = max(
+            float(np.linalg.norm(found[name] - whole[name]) / np.linalg.norm(whole[name]))
+            for name in whole.keys() - {"gh"}
+        )
+        return {"head_error": gates.below("head_error", error, HEAD_ERROR_MAX)}
 
     def _positions(self, runner: ClassifierRunner) -> tuple[float, float]:
         """(error of what precedes the layers, worst relative error of the hidden states at any position)."""
@@ -309,6 +337,11 @@ def longest_text(source: Source) -> int:
             continue
         return length
     raise GateError("no text fits the position table", field="positions", value=told)
+
+
+def _head_feeds(batch: LabelledBatch, adapter: Mapping[str, Array]) -> dict[str, Array]:
+    dense = {name: value for name, value in adapter.items() if name.startswith(DENSE)}
+    return {**dense, IDS: batch.ids, MASK: batch.mask, "labels": batch.labels}
 
 
 def _head(source: Source) -> dict[str, Array]:

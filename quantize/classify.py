@@ -14,6 +14,7 @@ from torch import Tensor
 from fedge.lora import DENSE, LoraConfig
 from quantize.anatomy import Anatomy
 from quantize.blocks import block_parameters, frozen_block
+from quantize.features import features_and_head
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import canonical, expand_powers, fold, select
 from quantize.inputs import MASK, example, name_of, sizes
@@ -31,7 +32,7 @@ from quantize.weights import Progress
 def classifier_graphs(
     anatomy: Anatomy, lora: LoraConfig, fmt: WeightFormat, tell: Progress
 ) -> dict[str, onnx.ModelProto]:
-    """File name -> graph: prologue, block there and back with its variants, and the head."""
+    """File name -> graph: prologue, block there and back with its variants, and the head, in two as well if it can."""
     block = block_in_pieces(anatomy, frozen_block(anatomy, lora))
     _, frozen = block_parameters(block)
     shapes = {name: tuple(value.shape) for name, value in frozen.items() if name.endswith(".w")}
@@ -45,6 +46,7 @@ def classifier_graphs(
         "block_bwd.onnx": lower(select(joint, backward), shapes, fmt.name),
         "classify.onnx": expand_powers(fold(export_head(anatomy))),
     }
+    graphs |= features_and_head(graphs["classify.onnx"])
     variants = block_variants(joint)
     graphs |= {f"{name}.onnx": lower(graph, shapes, fmt.name) for name, graph in variants.items()}
     tell("export", 0.9)

@@ -5,6 +5,7 @@
 """
 
 from edge_agent.trainer.batch import BatchArrays
+from edge_agent.trainer.depth import HEAD_ONLY
 from edge_agent.trainer.optimizer import AdamW, Sgd
 from edge_agent.trainer.round import Recipe, RoundOutcome, Rule, train_round
 from edge_agent.trainer.schedule import Schedule
@@ -13,6 +14,7 @@ from edge_agent.trainer.step import StepResult
 from edge_agent.trainer.trainer import Trainer
 
 __all__ = [
+    "HEAD_ONLY",
     "AdamW",
     "BatchArrays",
     "Recipe",

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edge_agent.trainer.batch import BatchArrays
 from edge_agent.trainer.classify import by_class
+from edge_agent.trainer.depth import lowest_layer
 from edge_agent.trainer.optimizer import Kind, Optimizer, clip, make_optimizer
 from edge_agent.trainer.schedule import Schedule
 from edge_agent.trainer.state import Progress, TrainState
@@ -80,8 +81,7 @@ class FrozenA:
         return np.concatenate([gradients[name].reshape(-1) for name in self._trained(depth)])
 
     def _trained(self, depth: int) -> list[str]:
-        lowest = self.layout.layers - min(depth or self.layout.layers, self.layout.layers)
-        low = tuple(f"L{i}/" for i in range(lowest))
+        low = tuple(f"L{i}/" for i in range(lowest_layer(depth, self.layout.layers)))
         return [name for name in self.layout.shapes if not name.startswith(low)]
 
 
@@ -117,7 +117,8 @@ def train_round(
 ) -> RoundOutcome:
     """Train on `batches` from `b_vector`, which is left as it is.
 
-    With a `depth`, only the top layers move; a step is cheaper by the backward pass below them. `after_step` is told
+    With a `depth`, only the top layers move; a step is cheaper by the backward pass below them. With `HEAD_ONLY` for a
+    depth, a classifier's head moves alone, and each row is encoded once. `after_step` is told
     the number and result of each good batch. `keep` is given, after every step of the optimiser, what a later call
     takes as `resume`; such a call must be given the batches from `resume.progress.cursor` on, and ends with the same
     bits. Raises DataError when no batch has a label, ConfigError when training has left the finite numbers.

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.trainer.batch import BatchArrays
+from edge_agent.trainer.depth import lowest_layer
 from edge_agent.trainer.round import Recipe, RoundOutcome, train_round
 from edge_agent.trainer.state import TrainState
 from edge_agent.trainer.step import StepResult
@@ -41,7 +42,7 @@ class LocalPart:
         self.fixed: Tensors = rule.held(state)
 
     def moving(self, depth: int) -> slice:
-        """The tail of the vector that the top `depth` layers have, 0 = all."""
+        """The tail of the vector that the top `depth` layers have, 0 = all; or the head, for `HEAD_ONLY`."""
         moving = self._moving(depth)
         total = sum(map(prod, self.shapes.values()))
         return slice(total - sum(prod(self.shapes[name]) for name in moving), total)
@@ -72,7 +73,7 @@ class LocalPart:
 
     def _moving(self, depth: int) -> list[str]:
         layers = self.layout.layers
-        low = tuple(f"L{i}/" for i in range(layers - min(depth or layers, layers)))
+        low = tuple(f"L{i}/" for i in range(lowest_layer(depth, layers)))
         return [name for name in self.shapes if not name.startswith(low)]
 
 

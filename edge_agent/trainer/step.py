@@ -24,6 +24,7 @@ from edge_agent.trainer.batch import BatchArrays, Inputs, Piece, label_count
 from edge_agent.trainer.checkpoints import Checkpoints, Filed, Half, Plain
 from edge_agent.trainer.classify import TASK as CLASSIFY
 from edge_agent.trainer.classify import Answer, Classifier
+from edge_agent.trainer.frozen import FEATURES, HEAD, FrozenEncoder
 from edge_agent.trainer.head import Head, HeadResult
 from edge_agent.trainer.sessions import Floats, Graph, Tensor
 from fedge.errors import DataError
@@ -71,6 +72,7 @@ class Streamer:
         self._input = "input_ids" if manifest.hears is None else "input_features"
         self._classifier: Classifier | None = None
         self._head: Head | None = None
+        self._frozen: FrozenEncoder | None = None
         if manifest.task == CLASSIFY:
             self._classifier = Classifier(bundle, self._graph("classify"))
         else:
@@ -138,6 +140,8 @@ class Streamer:
         count = label_count(batch)
         if count == 0:
             raise DataError("batch has no label", field="labels", value=0, hint="Leave such batches out")
+        if lowest == self._depth and (frozen := self._frozen_encoder()) is not None:
+            return (yield from self._head_alone(frozen, batch, adapter, count, of_labels or count))
         trained = range(lowest, self._depth)
         h, aux, forward = yield from self.features(batch.ids, batch.mask, adapter, trained)
         loss_sum, g, gradients = yield from self._end(h, batch, adapter, np.float32(of_labels or count))
@@ -153,6 +157,30 @@ class Streamer:
             self._bundle.let_go(self._spans[i])
             yield
         return StepResult(loss_sum, count, gradients)
+
+    def _head_alone(
+        self, frozen: FrozenEncoder, batch: BatchArrays, adapter: Mapping[str, Floats], count: int, of: int
+    ) -> Generator[None, None, StepResult]:
+        assert self._classifier is not None, "only a classifier has a frozen encoder"
+
+        def encode(ids: Inputs, mask: Ints) -> Generator[None, None, Floats]:
+            h, _, _ = yield from self.features(ids, mask, adapter)
+            return h
+
+        values = self._classifier.values(adapter)
+        answer = yield from frozen.step(batch, adapter, values, self._outside(), encode)
+        loss_sum = float(answer.nll.sum(dtype=np.float64))
+        if not np.isfinite(loss_sum):
+            return StepResult(loss_sum, count, {})
+        return StepResult(loss_sum, count, {n: g / np.float32(of) for n, g in answer.gradients.items()})
+
+    def _frozen_encoder(self) -> FrozenEncoder | None:
+        """What trains the head alone, where the bundle has the graphs for it."""
+        if self._frozen is None and {f"{name}.onnx" for name in (FEATURES, HEAD)} <= set(
+            self._bundle.manifest.files
+        ):
+            self._frozen = FrozenEncoder(self._graph(FEATURES), self._graph(HEAD))
+        return self._frozen
 
     def _end(
         self, h: Floats, batch: BatchArrays, adapter: Mapping[str, Floats], count: np.float32

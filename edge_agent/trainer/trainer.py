@@ -14,6 +14,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.planner import Plan
 from edge_agent.trainer.batch import BatchArrays, label_count, pieces
 from edge_agent.trainer.classify import Answer, label_limit, labelled
+from edge_agent.trainer.depth import HEAD_ONLY, lowest_layer
 from edge_agent.trainer.evaluate import by_row
 from edge_agent.trainer.sessions import check_runtime
 from edge_agent.trainer.step import StepResult, Streamer
@@ -70,8 +71,10 @@ class Trainer:
         if total == 0:
             raise DataError("batch has no label", field="labels", value=0, hint="Leave such batches out")
         self._check(batch)
-        layers = self.layout.layers
-        lowest, loss_sum, sums = layers - min(depth or layers, layers), 0.0, dict[str, Floats]()
+        if depth == HEAD_ONLY and not self.manifest.dense:
+            raise ConfigError("this bundle has no head that trains", field="depth", value="head only")
+        lowest = lowest_layer(depth, self.layout.layers)
+        loss_sum, sums = 0.0, dict[str, Floats]()
         for piece in pieces(batch, self._plan.rows):
             result = yield from self._streamer.step(piece, fed, lowest, total)
             loss_sum += result.loss_sum
@@ -84,7 +87,7 @@ class Trainer:
     def loss_and_gradients(
         self, batch: BatchArrays, adapter: Mapping[str, Floats], depth: int = 0
     ) -> StepResult:
-        """Loss sum, label count and gradients of the mean loss in the top `depth` layers, 0 = all.
+        """Loss sum, label count and gradients of the mean loss in the top `depth` layers, 0 = all, and the head.
 
         `adapter` has every B, and an A that is to take the frozen one's place. Raises DataError.
         """

@@ -1,0 +1,162 @@
+"""A head that trains alone: the encoder runs once for each row, and the numbers are those of whole steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.bundle import Bundle, open_bundle
+from edge_agent.dataset import Batch
+from edge_agent.trainer import HEAD_ONLY, Trainer, TrainState, train_round
+from edge_agent.trainer.frozen import FEATURES, HEAD, FrozenEncoder
+from edge_agent.trainer.sessions import Graph
+from fedge.errors import ConfigError
+from fedge.lora import DENSE
+
+SEED = bytes(range(16))
+ONE_RUN = 1  # what a step takes once all its rows are known: the head's own session
+
+
+@pytest.fixture(scope="module")
+def bundle(classifier_folder: Callable[[str], Path]) -> Bundle:
+    return open_bundle(classifier_folder("bare") / "bundle")
+
+
+@pytest.fixture
+def trainer(bundle: Bundle) -> Trainer:
+    return Trainer(bundle, a_seed=SEED)
+
+
+def rows(count: int, seed: int = 0, width: int = 14) -> Batch:
+    """Rows of classes that end early by different lengths."""
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(2, 300, (count, width))
+    mask = np.ones_like(ids)
+    for row in range(1, count):
+        mask[row, width - row :], ids[row, width - row :] = 0, 1
+    return Batch(ids, mask, np.full_like(ids, -100), draw.integers(0, 3, count))
+
+
+def vector_of(trainer: Trainer, seed: int = 5) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    return (draw.standard_normal(trainer.layout.numbers) * 0.05).astype(np.float32)
+
+
+def assert_head_of_whole_step(trainer: Trainer, batch: Batch, vector: np.ndarray) -> None:
+    adapter = trainer.layout.split(vector)
+    whole = trainer.loss_and_gradients(batch, adapter)
+    found = trainer.loss_and_gradients(batch, adapter, HEAD_ONLY)
+    assert found.labels == whole.labels
+    assert found.loss_sum == pytest.approx(whole.loss_sum, rel=1e-5)
+    assert found.gradients.keys() == {name for name in whole.gradients if name.startswith(DENSE)}
+    for name, value in found.gradients.items():
+        scale = np.abs(whole.gradients[name]).max()
+        assert scale > 1e-4, name  # a vanishing gradient would prove nothing
+        assert np.allclose(value, whole.gradients[name], atol=1e-5 * scale), name
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_loss_and_gradient_are_those_of_a_whole_step_whatever_the_head(
+    classifier_folder: Callable[[str], Path], name: str
+) -> None:
+    """BERT's pooler reads the first token; Llama's score meets every token, so its bundle has nothing to keep."""
+    trainer = Trainer(open_bundle(classifier_folder(name) / "bundle"), a_seed=SEED)
+    assert (f"{FEATURES}.onnx" in trainer.manifest.files) == (name == "bert")
+    assert_head_of_whole_step(trainer, rows(4), vector_of(trainer))
+
+
+def test_another_adapter_in_the_layers_is_another_encoder(trainer: Trainer) -> None:
+    for seed in (5, 6, 5):
+        assert_head_of_whole_step(trainer, rows(4), vector_of(trainer, seed))
+
+
+def test_a_row_without_a_class_is_left_out(trainer: Trainer) -> None:
+    batch = rows(4)
+    with_hole = Batch(batch.ids, batch.mask, batch.labels, np.array([0, -1, 2, 1]))
+    assert_head_of_whole_step(trainer, with_hole, vector_of(trainer))
+
+
+def test_rows_are_encoded_once_and_not_in_batches_of_other_company(bundle: Bundle) -> None:
+    runs: list[int] = []
+    trainer = Trainer(bundle, a_seed=SEED, pause=lambda: runs.append(1))
+    batch, adapter = rows(4), trainer.layout.split(vector_of(trainer))
+
+    def count(given: Batch) -> int:
+        runs.clear()
+        trainer.loss_and_gradients(given, adapter, HEAD_ONLY)
+        return len(runs)
+
+    a_row = 1 + trainer.layout.layers + 1  # before the layers, each of them, and what the head reads
+    assert count(batch) == 4 * a_row + ONE_RUN
+    assert count(batch) == ONE_RUN
+    wider = Batch(
+        *(np.pad(part[1:], ((0, 0), (0, 3))) for part in (batch.ids, batch.mask)),
+        batch.labels[1:],
+        batch.classes[1:],
+    )
+    assert count(wider) == ONE_RUN
+    assert count(rows(2, seed=1)) == 2 * a_row + ONE_RUN
+
+
+def test_a_round_moves_the_head_and_nothing_else(trainer: Trainer) -> None:
+    batches, start = [rows(4, seed) for seed in range(3)], vector_of(trainer)
+    outcome = train_round(trainer, start, batches * 5, a_seed=SEED, lr=0.02, depth=HEAD_ONLY)
+    moved = trainer.layout.split(outcome.delta)
+    assert {name for name, value in moved.items() if value.any()} == {
+        DENSE + name for name in trainer.manifest.dense
+    }
+    losses = [
+        sum(trainer.row_losses(batch, trainer.layout.split(vector))[0].sum() for batch in batches)
+        for vector in (start, start + outcome.delta)
+    ]
+    assert losses[1] < 0.7 * losses[0]
+
+
+def test_a_round_that_was_cut_off_ends_with_the_same_bits(bundle: Bundle, trainer: Trainer) -> None:
+    """The second half meets rows that the first half had met in other batches."""
+    batch = rows(6)
+    cut = [
+        Batch(*(part[chosen] for part in (batch.ids, batch.mask, batch.labels, batch.classes)))
+        for chosen in ([0, 5], [3, 1, 2], [4, 0, 1], [5, 3, 2])
+    ]
+    states: list[TrainState] = []
+    start = vector_of(trainer)
+
+    def keep(state: TrainState) -> None:
+        moments = tuple(moment.copy() for moment in state.moments)
+        states.append(TrainState(b"", state.progress, state.vector.copy(), moments))
+
+    def end(of: Trainer, batches: list[Batch], resume: TrainState | None = None) -> np.ndarray:
+        how = {"a_seed": SEED, "lr": 0.02, "depth": HEAD_ONLY}
+        return train_round(of, start, batches, resume=resume, keep=keep, **how).delta
+
+    whole = end(trainer, cut)
+    assert np.array_equal(end(Trainer(bundle, a_seed=SEED), cut[2:], states[1]), whole)
+
+
+def test_what_does_not_fit_is_encoded_again(bundle: Bundle) -> None:
+    """The first rows stay: a data set comes round as a whole, and the last ones would only push out the next."""
+    graphs = [Graph(bundle.graph(name), 1) for name in (FEATURES, HEAD)]
+    hidden, encoded = bundle.manifest.hidden, list[int]()
+    frozen = FrozenEncoder(*graphs, kept_bytes_max=2 * (4 * hidden + 16))
+    values = {DENSE + name: np.ones(shape, np.float32) for name, shape in bundle.manifest.dense.items()}
+
+    def encode(ids: np.ndarray, mask: np.ndarray):  # type: ignore[no-untyped-def]
+        encoded.append(ids.shape[1])
+        yield
+        return np.ones((1, ids.shape[1], hidden), np.float32)
+
+    batch = rows(3)
+    labelled = Batch(batch.ids, batch.mask, batch.classes[:, None])
+    for _ in range(3):
+        for _ in frozen.step(labelled, {}, values, {}, encode):
+            pass
+    assert encoded == [14, 13, 12, 12, 12]
+
+
+def test_a_bundle_without_a_head_that_trains_is_refused(tiny_bundle: Path) -> None:
+    trainer = Trainer(open_bundle(tiny_bundle), a_seed=SEED)
+    batch = Batch(np.ones((1, 4), np.int64), np.ones((1, 4), np.int64), np.ones((1, 4), np.int64))
+    with pytest.raises(ConfigError, match="no head"):
+        trainer.loss_and_gradients(batch, trainer.layout.split(vector_of(trainer)), HEAD_ONLY)
