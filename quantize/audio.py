@@ -98,9 +98,9 @@ def cut_window(model: Any, seconds: float = 0) -> AudioInput:
     """
     config, table = model.config, model.encoder.embed_positions
     known = int(config.max_source_positions)
-    positions = round(seconds * _POSITIONS_A_SECOND) if seconds else known
-    whole = math.isclose(positions, seconds * _POSITIONS_A_SECOND, abs_tol=1e-6) if seconds else True
-    if not whole or not 1 <= positions <= known:
+    wanted = seconds * _POSITIONS_A_SECOND if seconds else known
+    positions = round(wanted) if math.isfinite(wanted) else 0
+    if not 1 <= positions <= known or not math.isclose(positions, wanted, abs_tol=1e-6):
         raise UsageError(
             "the model cannot hear a window of this length",
             field="seconds",

@@ -38,6 +38,7 @@ from fedge.release import (
     encode_manifest,
     sign_manifest,
 )
+from quantize.audio import is_audio
 from quantize.blocks import adapted_modules, graph_config, linears_of, matrix_of
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat
 from quantize.supported import check_config
@@ -143,6 +144,13 @@ def _of_folder(folder: Path) -> Outline:
         text = json.loads((folder / "config.json").read_bytes())
     except ValueError as error:
         raise DataError("config.json is not JSON", field="model", value=str(folder)) from error
+    if is_audio(text):
+        raise UnsupportedError(
+            "a dry run knows models of texts alone",
+            field="model_type",
+            value=text["model_type"],
+            hint="Quantise it; `fedge bundle plan` then says what it takes on boards",
+        )
     architecture = check_config(text)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     vocabulary = folder / "tokenizer.json"

@@ -116,6 +116,29 @@ def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
 
 @pytest.fixture(scope="session")
+def audio_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `whispers`' tiny Whisper, as it is for transcribing, in `model`, and its `bundle`. Read-only."""
+    import whispers
+
+    from fedge.lora import LoraConfig
+    from quantize.bundle import quantize
+
+    def make(out: Path) -> None:
+        out.mkdir()
+        quantize(
+            str(whispers.write_model(out / "model", "WhisperForConditionalGeneration")),
+            out / "bundle",
+            tiny.PUBLISHER,
+            lora=LoraConfig(r=4, alpha=8.0),
+            weights_format="int8g",
+            classes=whispers.CLASSES,
+            seconds=whispers.SECONDS,
+        )
+
+    return _once(tmp_path_factory, "audio", make)
+
+
+@pytest.fixture(scope="session")
 def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of the real SmolLM2-135M-Instruct; for tests marked `real`. Read-only."""
     from quantize.bundle import quantize
