@@ -40,9 +40,10 @@ OPERATORS_ALLOWED: Final = frozenset(
         Neg Not Or Pow QuantizeLinear Range Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape
         ScatterElements ScatterND Shape Sigmoid Sign Sin Slice Softmax Split Sqrt Squeeze Sub Sum Tanh Tile
         Transpose Trilu Unsqueeze Where
-        com.microsoft:DynamicQuantizeMatMul com.microsoft:FastGelu com.microsoft:GatherBlockQuantized
-        com.microsoft:Gelu com.microsoft:GroupQueryAttention com.microsoft:MatMulBnb4
-        com.microsoft:MatMulIntegerToFloat com.microsoft:MatMulNBits com.microsoft:QuickGelu
+        com.microsoft:DynamicQuantizeMatMul com.microsoft:FastGelu com.microsoft:FusedMatMul
+        com.microsoft:GatherBlockQuantized com.microsoft:Gelu com.microsoft:GroupQueryAttention
+        com.microsoft:MatMulBnb4 com.microsoft:MatMulIntegerToFloat com.microsoft:MatMulNBits
+        com.microsoft:QuickGelu
         com.microsoft:RotaryEmbedding com.microsoft:SkipLayerNormalization
         com.microsoft:SkipSimplifiedLayerNormalization SimplifiedLayerNormalization
         """

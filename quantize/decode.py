@@ -28,26 +28,30 @@ from fedge.release import WEIGHTS, TensorPlace
 from quantize.anatomy import Anatomy
 from quantize.blocks import block_parameters, frozen_block
 from quantize.decode_cache import CacheShape, Remembered, cache_shape
+from quantize.decode_lowering import DecodeLowering
 from quantize.decode_start import (
     MASK,
     ROTARY,
     check_arguments,
     export_start,
     mask_windows,
+    start_outputs,
     undecodable,
     write_masks,
 )
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat
-from quantize.fused import FusedLayers, Recipe, agrees, final_norm, recognise
+from quantize.fused import FusedLayers, agrees, final_norm, recognise
 from quantize.graph import GraphWriter, canonical, expand_powers, fold, make_model, select, tensor_input
 from quantize.joint import export_norm, to_onnx
-from quantize.lower import DecodeLowering, Matrix
+from quantize.lower import Matrix
 from quantize.placeholder import DOMAIN, LINEAR
+from quantize.reference import positions_max
 from quantize.tracing import tracing
 
 LEVEL_EXACT: Final = 0  # MatMulNBits adds in floats
 LEVEL_INT8: Final = 4  # it rounds activations to 8 bits first
 
+_TABLE_BYTES_MAX: Final = 16 * 1024**2  # of rotary tables of all positions
 _TABLE: Final = "EMB"
 _HEAD: Final = (
     "HEAD"  # the output matrix; when tied, the embedding once more as MatMulNBits declares its shape
@@ -62,16 +66,18 @@ def inference_graph(
     *,
     may_fuse: bool = True,
     block_level: int = LEVEL_INT8,
+    centred: frozenset[str] = frozenset(),
 ) -> onnx.ModelProto:
     """infer.onnx over the tensors at `places` of weights.bin.
 
     `block_level` is the accuracy level of the layers' products; the head's is LEVEL_INT8: exact, it alone would take
-    twenty times as long as all layers. Raises UnsupportedError for a family that cannot be decoded.
+    twenty times as long as all layers. `centred` names the matrices (L0/PATH.w) whose offsets are all what their scales
+    say, so that nothing of them is left to compute. Raises UnsupportedError for a family that cannot be decoded.
     """
     check_arguments(anatomy)
     block = frozen_block(anatomy, lora)
     stack = _Stack(anatomy, block, cache_shape(anatomy, block), mask_windows(anatomy))
-    stitched, fused = stack.write(may_fuse=may_fuse)
+    stitched = stack.write(may_fuse=may_fuse)
     _, frozen = block_parameters(block)
     layers = range(len(anatomy.layers))
     matrices = {
@@ -82,7 +88,7 @@ def inference_graph(
     }
     table = Matrix(anatomy.vocabulary, anatomy.hidden, FORMATS[EMBEDDING_FORMAT])
     levels = dict.fromkeys(matrices, block_level) | {_HEAD: LEVEL_INT8}
-    lowered = DecodeLowering({**matrices, _TABLE: table, _HEAD: table}, levels, flat=fused).run(stitched)
+    lowered = DecodeLowering({**matrices, _TABLE: table, _HEAD: table}, levels, centred=centred).run(stitched)
     return canonical(_externalised(lowered, places))
 
 
@@ -110,14 +116,14 @@ class _Stack:
         self._layers = range(len(anatomy.layers))
         self._kinds = anatomy.kinds or ("",) * len(anatomy.layers)
 
-    def write(self, *, may_fuse: bool) -> tuple[onnx.ModelProto, bool]:
-        """The graph before it is lowered, and whether its layers are fused and read matrices."""
+    def write(self, *, may_fuse: bool) -> onnx.ModelProto:
+        """The graph before it is lowered."""
         writer, anatomy = GraphWriter("join"), self._anatomy
         start = expand_powers(fold(export_start(anatomy)))
-        known = _inline(writer, start, "start/", {"ids": "ids", "positions": "positions"} | _outer(start))
-        recipe = self._recipe() if may_fuse else None
-        x = known.pop("x")
-        features = self._traced(writer, x, known) if recipe is None else self._fused(writer, recipe, x, known)
+        features = self._fused(writer, start) if may_fuse else None
+        if features is None:
+            known = _inline(writer, start, "start/", _outer(start))
+            features = self._traced(writer, known.pop("x"), known)
         writer.add(LINEAR, [writer.add("Gather", [features, "at"], axis=1), _HEAD], "raw", domain=DOMAIN)
         if anatomy.logit_cap:
             bound = writer.constant(np.float32(anatomy.logit_cap))
@@ -130,23 +136,44 @@ class _Stack:
         inputs += [v for v in start.graph.input if v.name not in ("ids", "positions")]
         inputs += self._frozen_inputs()
         outputs = [tensor_input("logits", "float32", ["B", "W", anatomy.vocabulary])]
-        return writer.model(inputs, [*outputs, *self._cache_values("n", "T")]), recipe is not None
+        return writer.model(inputs, [*outputs, *self._cache_values("n", "T")])
 
-    def _recipe(self) -> Recipe | None:
-        recipe = recognise(self._anatomy, self._block, self._cache, self._windows)
-        if recipe is None or final_norm(self._anatomy) is None:
-            return None
-        return recipe if agrees(self._anatomy, self._block, recipe) else None
-
-    def _fused(self, writer: GraphWriter, recipe: Recipe, x: str, tables: Mapping[str, str]) -> str:
+    def _fused(self, writer: GraphWriter, start: onnx.ModelProto) -> str | None:
+        """Features [B, S, D] in fused operators; None, and nothing is written, where they are not what torch gives."""
         anatomy = self._anatomy
-        layers = FusedLayers(writer, recipe, tables, int(anatomy.call.shapes["cos"][-1]))
-        x, skip = writer.add("Reshape", [x, writer.integers(-1, anatomy.hidden)]), None
+        recipe = recognise(anatomy, self._block, self._cache, self._windows)
+        if recipe is None or final_norm(anatomy) is None:
+            return None
+        whole = self._has_small_tables(start)
+        if not agrees(anatomy, self._block, recipe, whole=whole):
+            whole = False
+            if not agrees(anatomy, self._block, recipe, whole=whole):
+                return None
+        tables = self._tables(writer, start) if whole else {}
+        read = select(start, ["x"]) if whole else start
+        known = _inline(writer, read, "start/", _outer(read))
+        x, skip = known.pop("x"), None
+        layers = FusedLayers(
+            writer, recipe, tables or known, int(anatomy.call.shapes["cos"][-1]), whole=whole
+        )
         for index in self._layers:
             x, skip = layers.layer(index, x, skip, self._kinds[index])
-        features, _ = layers.norm(x, skip, "norm.weight", final_norm(anatomy) or 0.0)
-        shape = writer.add("Concat", [writer.add("Shape", ["ids"]), writer.integers(anatomy.hidden)], axis=0)
-        return writer.add("Reshape", [features, shape])
+        return layers.norm(x, skip, "norm.weight", final_norm(anatomy) or 0.0)[0]
+
+    def _has_small_tables(self, start: onnx.ModelProto) -> bool:
+        """Whether the rotary tables of all positions may lie in memory, and depend on nothing but positions."""
+        names = [name for name in start_outputs(self._anatomy) if name != "x"]
+        size = 4 * positions_max(self._anatomy.model.config) * int(self._anatomy.call.shapes["cos"][-1])
+        read = {value.name for value in select(start, names).graph.input}
+        return read == {"positions"} and len(names) * size // 2 <= _TABLE_BYTES_MAX
+
+    def _tables(self, writer: GraphWriter, start: onnx.ModelProto) -> dict[str, str]:
+        """The rotary tables of all positions: constants, once the runtime has loaded the graph."""
+        names = [name for name in start_outputs(self._anatomy) if name != "x"]
+        longest = positions_max(self._anatomy.model.config)
+        first, end, step = (writer.constant(np.array(value, np.int64)) for value in (0, longest, 1))
+        every = writer.add("Unsqueeze", [writer.add("Range", [first, end, step]), writer.integers(0)])
+        return _inline(writer, select(start, names), "tables/", {"positions": every})
 
     def _traced(self, writer: GraphWriter, x: str, tables: Mapping[str, str]) -> str:
         anatomy = self._anatomy
@@ -237,7 +264,7 @@ def export_cached_block(anatomy: Anatomy, block: nn.Module, cache: CacheShape) -
 
 
 def _outer(start: onnx.ModelProto) -> dict[str, str]:
-    """Tensors of the weight file keep their names when the graph is inlined."""
+    """Inputs and tensors of the weight file keep their names when the graph is inlined."""
     return {value.name: value.name for value in start.graph.input}
 
 

@@ -1,8 +1,12 @@
 """A Llama-like stack of layers written in the runtime's fused operators, where it computes what the traced one does.
 
 The tracer's graph of a layer has 120 small operators, and its cache grows by a copy at every token. The runtime has
-the same arithmetic in seven: root-mean-square norms that add the residual on the way, rotary embedding, and grouped
-query attention that writes into a cache that stays where it is. Activations are matrices [B S, D] throughout.
+the same arithmetic in a few: root-mean-square norms that add the residual on the way, and grouped query attention
+that rotates queries and keys and writes into a cache that stays where it is. Activations are [B, S, D] throughout;
+matrices that read the same ones are one product (`quantize.decode_lowering`).
+
+Attention rotates by tables of all positions, which the runtime computes once, when it loads. Where they would be too
+large, and where heads have norms of their own to pass first, rotation is an operator by itself.
 
 Nothing is believed by name. `recognise` reads the parts from a layer's modules, and `agrees` compares one layer, with
 and without a past, with torch; where the two differ the traced graph is taken. The gates then judge the whole.
@@ -10,7 +14,7 @@ and without a past, with torch; where the two differ the traced graph is taken. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,12 +27,14 @@ from torch import Tensor, nn
 from quantize.anatomy import Anatomy
 from quantize.blocks import block_parameters
 from quantize.decode_cache import CacheShape, Remembered
+from quantize.decode_lowering import apart, joined_node
 from quantize.decode_start import MASK, ROTARY
 from quantize.graph import MICROSOFT, GraphWriter, tensor_input
-from quantize.placeholder import DOMAIN, LINEAR
+from quantize.placeholder import DOMAIN
 
 SAME: Final = 1e-5  # relative, between a fused layer and torch; measured 1e-6
 _QKV: Final = ("q_proj", "k_proj", "v_proj")
+_COUNTS: Final = (5, 3, 1)  # tokens that a layer is tried on, one reading after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +115,14 @@ def _activation(feed: nn.Module) -> str | None:
 class FusedLayers:
     """Writes layers into a graph that has ids [B, S], positions [B, S] and the rotary tables by name."""
 
-    def __init__(self, writer: GraphWriter, recipe: Recipe, tables: Mapping[str, str], rotary: int) -> None:
-        """`tables`: cos and sin [.., S, `rotary`] of the tokens, per kind as cos@KIND; halves are equal."""
-        self._writer, self._recipe, self._rotary = writer, recipe, rotary
+    def __init__(
+        self, writer: GraphWriter, recipe: Recipe, tables: Mapping[str, str], rotary: int, *, whole: bool
+    ) -> None:
+        """`tables`: cos and sin, per kind as cos@KIND; halves are equal.
+
+        They are [1, P, `rotary`] of all positions where `whole`, else [1 or B, S, `rotary`] of the tokens.
+        """
+        self._writer, self._recipe, self._rotary, self._whole = writer, recipe, rotary, whole
         last = writer.add("ReduceMax", ["positions"], keepdims=0)
         as_int32 = {"to": onnx.TensorProto.INT32}
         length = writer.add("Cast", [last], **as_int32)
@@ -119,18 +130,22 @@ class FusedLayers:
         self._last = writer.add("Expand", [length, batch])  # [B]: the length of each sequence, less one
         self._total = writer.add("Add", [length, writer.constant(np.array(1, np.int32))])
         self._shape = writer.add("Shape", ["ids"])
-        tokens = writer.add("Mul", [batch, writer.add("Shape", ["ids"], start=1, end=2)])
-        zero, one = (writer.constant(np.array(value, np.int64)) for value in (0, 1))
-        rows = writer.add("Range", [zero, writer.add("Squeeze", [tokens]), one])
-        self._rows = writer.add("Reshape", [rows, self._shape])  # row of each token in the tables
+        self._silence: dict[int, str] = {}
+        if not whole:
+            tokens = writer.add("Mul", [batch, writer.add("Shape", ["ids"], start=1, end=2)])
+            zero, one = (writer.constant(np.array(value, np.int64)) for value in (0, 1))
+            rows = writer.add("Range", [zero, writer.add("Squeeze", [tokens]), one])
+            self._rows = writer.add("Reshape", [rows, self._shape])  # row of each token in the tables
         self._tables = {name: self._half(value) for name, value in tables.items()}
 
     def _half(self, table: str) -> str:
-        """[B S, rotary / 2] of a table [1 or B, S, rotary]."""
+        """[P, rotary / 2] of a table of all positions, [B S, rotary / 2] of one of the tokens."""
         writer, half = self._writer, self._rotary // 2
         first = writer.add("Slice", [table, writer.integers(0), writer.integers(half), writer.integers(-1)])
-        shape = writer.add("Concat", [self._shape, writer.integers(half)], axis=0)
-        return writer.add("Reshape", [writer.add("Expand", [first, shape]), writer.integers(-1, half)])
+        if not self._whole:
+            shape = writer.add("Concat", [self._shape, writer.integers(half)], axis=0)
+            first = writer.add("Expand", [first, shape])
+        return writer.add("Reshape", [first, writer.integers(-1, half)])
 
     def layer(self, index: int, x: str, skip: str | None, kind: str) -> tuple[str, str]:
         """(residual, what is still to be added to it) after layer `index`, from the same before it."""
@@ -162,26 +177,18 @@ class FusedLayers:
 
     def _attention(self, index: int, x: str, kind: str) -> str:
         recipe, writer, prefix = self._recipe, self._writer, f"L{index}/"
-        q, k, v = self._queries(prefix, x)
-        if recipe.head_norms is not None:
-            q = self._head_norm(q, f"{prefix}{recipe.attention}.q_norm.weight")
-            k = self._head_norm(k, f"{prefix}{recipe.attention}.k_norm.weight")
-        q, k = (
-            writer.add(
-                "RotaryEmbedding",
-                [self._rows_of(value, count), self._rows, self._table("cos", kind), self._table("sin", kind)],
-                domain=MICROSOFT,
-                num_heads=count,
-                rotary_embedding_dim=0 if self._rotary == recipe.width else self._rotary,
-            )
-            for value, count in ((q, recipe.heads), (k, recipe.kv_heads))
-        )
-        v = self._rows_of(v, recipe.kv_heads)
-        y, words = writer.fresh(), {"softcap": recipe.cap} if recipe.cap else {}
+        names = ("qkv_proj",) if recipe.packed else _QKV
+        read = self._product(prefix, [f"{recipe.attention}.{name}" for name in names], x)
+        queries, y = [read, "", ""], writer.fresh()
+        if not self._whole or recipe.head_norms is not None:
+            queries = self._heads(prefix, read, kind)
+        tables = [self._table(name, kind) for name in ROTARY] if self._whole else []
+        words: dict[str, Any] = {"softcap": recipe.cap} if recipe.cap else {}
+        words |= {"do_rotary": 1} if self._whole else {}
         writer.nodes.append(
             onnx.helper.make_node(
                 "GroupQueryAttention",
-                [q, k, v, f"k{index}", f"v{index}", self._last, self._total],
+                [*queries, f"k{index}", f"v{index}", self._last, self._total, *tables],
                 [y, f"nk{index}", f"nv{index}"],
                 domain=MICROSOFT,
                 num_heads=recipe.heads,
@@ -190,56 +197,95 @@ class FusedLayers:
                 **words,
             )
         )
-        flat = writer.add("Reshape", [y, writer.integers(-1, recipe.heads * recipe.width)])
-        return self._linear(prefix, f"{recipe.attention}.o_proj", flat)
+        return self._product(prefix, [f"{recipe.attention}.o_proj"], y)
 
-    def _queries(self, prefix: str, x: str) -> list[str]:
+    def _heads(self, prefix: str, read: str, kind: str) -> list[str]:
+        """Queries, keys and values apart: normed where heads are, rotated where attention does not rotate."""
         recipe = self._recipe
-        if not recipe.packed:
-            return [self._linear(prefix, f"{recipe.attention}.{name}", x) for name in _QKV]
-        both = self._linear(prefix, f"{recipe.attention}.qkv_proj", x)
         own, shared = recipe.heads * recipe.width, recipe.kv_heads * recipe.width
-        return self._parts(both, own, shared, shared)
+        q, k, v = self._parts(read, own, shared, shared)
+        if recipe.head_norms is not None:
+            q = self._head_norm(q, f"{prefix}{recipe.attention}.q_norm.weight")
+            k = self._head_norm(k, f"{prefix}{recipe.attention}.k_norm.weight")
+        if not self._whole:
+            q, k = self._rotated(q, recipe.heads, kind), self._rotated(k, recipe.kv_heads, kind)
+        return [q, k, v]
+
+    def _rotated(self, x: str, heads: int, kind: str) -> str:
+        return self._writer.add(
+            "RotaryEmbedding",
+            [x, self._rows, self._table("cos", kind), self._table("sin", kind)],
+            domain=MICROSOFT,
+            num_heads=heads,
+            rotary_embedding_dim=0 if self._rotary == self._recipe.width else self._rotary,
+        )
 
     def _feed(self, prefix: str, x: str) -> str:
         recipe, writer = self._recipe, self._writer
-        if recipe.packed:
-            both = self._linear(prefix, f"{recipe.feed}.gate_up_proj", x)
-            half = recipe.frozen[f"{recipe.feed}.gate_up_proj"].w.shape[0] // 2
-            gate, up = self._parts(both, half, half)
-        else:
-            gate, up = (self._linear(prefix, f"{recipe.feed}.{n}", x) for n in ("gate_proj", "up_proj"))
+        names = ("gate_up_proj",) if recipe.packed else ("gate_proj", "up_proj")
+        paths = [f"{recipe.feed}.{name}" for name in names]
+        both = self._product(prefix, paths, x)
+        half = sum(recipe.frozen[path].w.shape[0] for path in paths) // 2
+        gate, up = self._parts(both, half, half)
         if recipe.activation == "silu":
             bent = writer.add("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)  # x sigmoid(1 x)
         else:
             bent = writer.add("FastGelu", [gate], domain=MICROSOFT)
-        return self._linear(prefix, f"{recipe.feed}.down_proj", writer.add("Mul", [bent, up]))
+        return self._product(prefix, [f"{recipe.feed}.down_proj"], writer.add("Mul", [bent, up]))
 
-    def _linear(self, prefix: str, path: str, x: str) -> str:
-        writer, module, name = self._writer, self._recipe.frozen[path], prefix + path
-        y = writer.add(LINEAR, [x, f"{name}.w"], domain=DOMAIN)
-        if getattr(module, "b", None) is not None:
-            y = writer.add("Add", [y, f"{name}.b"])
-        if module.lora is not None:
-            # The scale in the second product: the runtime has a fast kernel for one row only without one.
-            low = writer.add("Gemm", [x, f"{name}.A"], transB=1)
-            y = writer.add("Gemm", [low, f"{name}.B", y], transB=1, alpha=float(lora_scale(module)))
+    def _product(self, prefix: str, paths: Sequence[str], x: str) -> str:
+        """[B, S, rows of all] of the modules at `paths`, side by side, with their biases and adapters."""
+        writer, frozen = self._writer, self._recipe.frozen
+        addends = []
+        if any(getattr(frozen[path], "b", None) is not None for path in paths):
+            addends.append(self._beside([self._bias(prefix, path) for path in paths], axis=0))
+        if any(frozen[path].lora is not None for path in paths):
+            addends.append(self._beside([self._adapted(prefix, path, x) for path in paths], axis=-1))
+        y = writer.fresh()
+        writer.nodes.append(joined_node(x, [f"{prefix}{path}.w" for path in paths], addends, y))
         return y
+
+    def _beside(self, parts: list[str], axis: int) -> str:
+        return parts[0] if len(parts) == 1 else self._writer.add("Concat", parts, axis=axis)
+
+    def _bias(self, prefix: str, path: str) -> str:
+        module = self._recipe.frozen[path]
+        if getattr(module, "b", None) is not None:
+            return f"{prefix}{path}.b"
+        return self._writer.constant(np.zeros(module.w.shape[0], np.float32))
+
+    def _adapted(self, prefix: str, path: str, x: str) -> str:
+        """What the adapter of a module adds to it, [B, S, N]; zeros where it has none."""
+        writer, module = self._writer, self._recipe.frozen[path]
+        if module.lora is None:
+            return self._zeros(int(module.w.shape[0]))
+        # The scale in the second product: the runtime has a fast kernel for one row only without one.
+        low = writer.add("FusedMatMul", [x, f"{prefix}{path}.A"], domain=MICROSOFT, transB=1)
+        return writer.add(
+            "FusedMatMul",
+            [low, f"{prefix}{path}.B"],
+            domain=MICROSOFT,
+            transB=1,
+            alpha=float(lora_scale(module)),
+        )
+
+    def _zeros(self, columns: int) -> str:
+        """[B, S, `columns`] of zeros, the same for all layers."""
+        if columns not in self._silence:
+            writer = self._writer
+            shape = writer.add("Concat", [self._shape, writer.integers(columns)], axis=0)
+            self._silence[columns] = writer.add("Expand", [writer.constant(np.float32(0)), shape])
+        return self._silence[columns]
 
     def _head_norm(self, x: str, weight: str) -> str:
         recipe, writer = self._recipe, self._writer
-        heads = writer.add("Reshape", [x, writer.integers(-1, recipe.width)])
-        return self.norm(heads, None, weight, recipe.head_norms or 0.0)[0]
-
-    def _rows_of(self, x: str, heads: int) -> str:
-        """[B, S, heads x width] of a matrix."""
-        writer = self._writer
-        shape = writer.add("Concat", [self._shape, writer.integers(heads * self._recipe.width)], axis=0)
-        return writer.add("Reshape", [x, shape])
+        heads = writer.add("Reshape", [x, writer.integers(0, 0, -1, recipe.width)])
+        normed, _ = self.norm(heads, None, weight, recipe.head_norms or 0.0)
+        return writer.add("Reshape", [normed, writer.integers(0, 0, -1)])
 
     def _parts(self, x: str, *sizes: int) -> list[str]:
         names = [self._writer.fresh() for _ in sizes]
-        node = onnx.helper.make_node("Split", [x, self._writer.integers(*sizes)], names, axis=1)
+        node = onnx.helper.make_node("Split", [x, self._writer.integers(*sizes)], names, axis=-1)
         self._writer.nodes.append(node)
         return names
 
@@ -252,32 +298,33 @@ def lora_scale(module: Any) -> float:
     return float(module.scale if hasattr(module, "scale") else module.lora.scale)
 
 
-def agrees(anatomy: Anatomy, block: nn.Module, recipe: Recipe) -> bool:
+def agrees(anatomy: Anatomy, block: nn.Module, recipe: Recipe, *, whole: bool) -> bool:
     """Whether a fused layer gives what torch gives: first tokens, then more of them and one after a past."""
     width = int(anatomy.call.shapes["cos"][-1])
-    session = _one_layer(block, recipe, anatomy.hidden, width)
+    session = _one_layer(block, recipe, anatomy.hidden, width, whole=whole)
     adapter, frozen = block_parameters(block)
     weights = {f"L0/{name}": value.numpy() for name, value in {**adapter, **frozen}.items()}
     draw, past = torch.Generator().manual_seed(0), 0
     shape = (1, recipe.kv_heads, 0, recipe.width)
     mine = {name: np.zeros(shape, np.float32) for name in ("k0", "v0")}
     keys, values = torch.zeros(shape), torch.zeros(shape)
-    for count in (5, 3, 1):
+    angles = torch.rand(1, sum(_COUNTS) + 2, width // 2, generator=draw).repeat(1, 1, 2) * 6
+    for count in _COUNTS:
         total = past + count
         x = torch.randn(1, count, anatomy.hidden, generator=draw)
-        angles = torch.rand(1, count, width // 2, generator=draw).repeat(1, 1, 2) * 6
         row, column = torch.arange(past, total)[:, None], torch.arange(total)[None]
         mask = torch.where(column <= row, 0.0, torch.finfo(torch.float32).min)[None, None]
-        theirs = Remembered(keys, values)
-        aux = {MASK: mask, "cos": angles.cos(), "sin": angles.sin()}
+        theirs, turned = Remembered(keys, values), angles[:, past:total]
+        aux = {MASK: mask, "cos": turned.cos(), "sin": turned.sin()}
         with torch.no_grad():
             expected = anatomy.call(block, {**adapter, **frozen}, x, aux, cache=theirs)
         keys, values, past = theirs.keys, theirs.values, total
         feeds = {
             "ids": np.zeros((1, count), np.int64),
             "positions": np.arange(total - count, total)[None],
-            "x": x[0].numpy(),
-            **{name: aux[name].numpy() for name in ROTARY},
+            "x": x.numpy(),
+            "cos": (angles.cos() if whole else aux["cos"]).numpy(),
+            "sin": (angles.sin() if whole else aux["sin"]).numpy(),
             **mine,
             **weights,
         }
@@ -285,32 +332,45 @@ def agrees(anatomy: Anatomy, block: nn.Module, recipe: Recipe) -> bool:
             y, mine["k0"], mine["v0"] = session.run(["y", "nk0", "nv0"], feeds)
         except Exception:  # the runtime's errors share no base class; shapes that do not fit are no agreement
             return False
-        if not np.linalg.norm(y - expected[0].numpy()) <= SAME * float(expected.norm()):
+        if not np.linalg.norm(y - expected.numpy()) <= SAME * float(expected.norm()):
             return False
     return True
 
 
-def _one_layer(block: nn.Module, recipe: Recipe, hidden: int, rotary: int) -> ort.InferenceSession:
+def _one_layer(
+    block: nn.Module, recipe: Recipe, hidden: int, rotary: int, *, whole: bool
+) -> ort.InferenceSession:
     """Layer 0 with dense weights as inputs: ids, positions, x, cos, sin, k0, v0; outputs y, nk0, nv0."""
     writer = GraphWriter()
-    x, skip = FusedLayers(writer, recipe, {name: name for name in ROTARY}, rotary).layer(0, "x", None, "")
+    layers = FusedLayers(writer, recipe, {name: name for name in ROTARY}, rotary, whole=whole)
+    x, skip = layers.layer(0, "x", None, "")
     writer.add("Add", [x, skip], "y")
-    for node in writer.nodes:
-        if node.domain == DOMAIN:  # a dense product in the placeholder's place
-            node.domain, node.op_type = "", "Gemm"
-            node.attribute.append(onnx.helper.make_attribute("transB", 1))
+    placed, writer.nodes = writer.nodes, []
+    for node in placed:
+        if node.domain == DOMAIN:
+            _write_dense(writer, node)
+        else:
+            writer.nodes.append(node)
     adapter, frozen = block_parameters(block)
     inputs = [tensor_input(name, "int64", [1, "S"]) for name in ("ids", "positions")]
-    inputs += [tensor_input("x", "float32", ["S", hidden])]
-    inputs += [tensor_input(name, "float32", [1, "S", rotary]) for name in ROTARY]
+    inputs += [tensor_input("x", "float32", [1, "S", hidden])]
+    inputs += [tensor_input(name, "float32", [1, "R", rotary]) for name in ROTARY]
     inputs += [tensor_input(f"L0/{n}", "float32", list(t.shape)) for n, t in {**adapter, **frozen}.items()]
     caches = {"k0": "P", "v0": "P", "nk0": "T", "nv0": "T"}
     shaped = {n: tensor_input(n, "float32", [1, recipe.kv_heads, d, recipe.width]) for n, d in caches.items()}
-    outputs = [tensor_input("y", "float32", ["S", hidden]), shaped["nk0"], shaped["nv0"]]
+    outputs = [tensor_input("y", "float32", [1, "S", hidden]), shaped["nk0"], shaped["nv0"]]
     model = writer.model([*inputs, shaped["k0"], shaped["v0"]], outputs)
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _write_dense(writer: GraphWriter, node: onnx.NodeProto) -> None:
+    """A dense product in a placeholder's place."""
+    x, weights, addends = apart(node)
+    stacked = weights[0] if len(weights) == 1 else writer.add("Concat", weights, axis=0)
+    product = writer.add("FusedMatMul", [x, stacked], domain=MICROSOFT, transB=1)
+    writer.add("Sum", [product, *addends], node.output[0])
 
 
 def final_norm(anatomy: Anatomy) -> float | None:

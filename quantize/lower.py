@@ -1,7 +1,7 @@
 """From placeholder operators to stock ONNX Runtime operators over the bytes of a weight format.
 
-A training graph reads its matrices as inputs; `quantize.products` says how each format is multiplied there. A
-decoding graph has constant weights, which the runtime prepacks: there it is `MatMulNBits` or its like.
+A training graph reads its matrices as inputs; `quantize.products` says how each format is multiplied there. An
+inference graph has constant weights: `quantize.decode_lowering`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import onnx
 
-from quantize.formats import BLOCK, FORMATS, Size, WeightFormat
-from quantize.graph import MICROSOFT, GraphWriter, tensor_input
+from quantize.formats import FORMATS, Size, WeightFormat
+from quantize.graph import GraphWriter, tensor_input
 from quantize.placeholder import DOMAIN, EMBEDDING, LINEAR, LINEAR_DX
-from quantize.products import PRODUCTS, Bytes, block_sums, bnb_product
+from quantize.products import PRODUCTS, Bytes
 
 Made = TypeVar("Made")
 
@@ -78,6 +77,11 @@ class Lowering:
         """The matrix behind a name."""
         return self._matrices[weight]
 
+    def is_widest(self, weight: str) -> bool:
+        """Whether no matrix of the graph reads more numbers a position, and some read fewer."""
+        widths = [matrix.columns for matrix in self._matrices.values()]
+        return min(widths) < self.matrix(weight).columns == max(widths)
+
     def part(self, weight: str, suffix: str) -> str:
         """Name of a stored tensor of a matrix, noted as something that the graph reads."""
         name, matrix = f"{weight}.{suffix}", self._matrices[weight]
@@ -134,63 +138,6 @@ class Lowering:
     @property
     def _is_matrix(self) -> bool:
         return any(isinstance(matrix.rows, str) for matrix in self._matrices.values())
-
-
-class DecodeLowering(Lowering):
-    """The same products with constant weights; `levels` gives `MatMulNBits`' accuracy level by weight name.
-
-    `flat`: activations of matrices with offsets are matrices [M, K] already.
-    """
-
-    def __init__(
-        self, matrices: Mapping[str, Matrix], levels: Mapping[str, int], *, flat: bool = False
-    ) -> None:
-        super().__init__(matrices)
-        self._levels, self._are_flat = levels, flat
-
-    def linear(self, x: str, weight: str, output: str) -> None:
-        """output[..., N] = x[..., K] W^T."""
-        writer, matrix = self.writer, self.matrix(weight)
-        if matrix.format.decoding == "MatMulBnb4":
-            writer.add("Identity", [bnb_product(self, x, weight)], output)
-        elif matrix.format.decoding != "MatMulNBits":
-            super().linear(x, weight, output)
-        elif not matrix.format.has_offset:
-            self._product(x, weight, output)
-        else:
-            self._with_offsets(x, weight, output)
-
-    def _with_offsets(self, x: str, weight: str, output: str) -> None:
-        """x Q^T + blocksum(x) D^T, the sum within the second product: at one row an operator costs as much as this."""
-        writer, matrix = self.writer, self.matrix(weight)
-        flat = x if self._are_flat else self._flat(x, matrix.columns)
-        zero = writer.constant(np.float32(matrix.format.zero))
-        centre = writer.add("Add", [self.floats(weight, "m"), writer.add("Mul", [self.scale(weight), zero])])
-        terms = [block_sums(self, flat, matrix.columns), centre, self._product(flat, weight)]
-        if self._are_flat:
-            writer.add("Gemm", terms, output, transB=1)
-        else:
-            self._restore(writer.add("Gemm", terms, transB=1), x, matrix.rows, output)
-
-    def _product(self, x: str, weight: str, output: str | None = None) -> str:
-        """By code - zero; the runtime folds the cast of the scales when it loads the graph."""
-        matrix = self.matrix(weight)
-        bits, blocks = matrix.format.bits, matrix.columns // BLOCK
-        tensors = [x, self.part(weight, "q"), self.scale(weight)]
-        self.weights[f"{weight}.q"] = ("uint8", (matrix.rows, blocks, BLOCK * bits // 8))
-        if "z" in matrix.format.suffixes:
-            tensors.append(self.part(weight, "z"))
-        return self.writer.add(
-            "MatMulNBits",
-            tensors,
-            output,
-            domain=MICROSOFT,
-            K=matrix.columns,
-            N=matrix.rows,
-            bits=bits,
-            block_size=BLOCK,
-            accuracy_level=self._levels[weight],
-        )
 
 
 def lower(

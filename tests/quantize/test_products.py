@@ -8,9 +8,10 @@ import onnxruntime as ort
 import pytest
 
 from fedge.release import OPERATORS_ALLOWED
+from quantize.decode_lowering import DecodeLowering
 from quantize.formats import FORMATS, decode, encode
 from quantize.graph import GraphWriter, operators, tensor_input
-from quantize.lower import DecodeLowering, Matrix, lower
+from quantize.lower import Matrix, lower
 from quantize.placeholder import DOMAIN, EMBEDDING, LINEAR, LINEAR_DX
 
 ROWS, COLUMNS = 96, 192  # six blocks of 32, three of 64: an even and an odd count
