@@ -128,6 +128,11 @@ def _add_train_once(words: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "5 steps each), core (a small matrix between two bases; a fourth of the steps, at most 5, look for them), "
         "sketch (A and B, sent as sketches) (default: that of the adapter gone on from, else ffa)",
     )
+    once.add_argument(
+        "--head-only",
+        action="store_true",
+        help="a classifier's head alone: each row is encoded once, so that many steps cost little",
+    )
     once.add_argument("--rate", type=float, help="learning rate (default: what suits the rule)")
     once.add_argument("--rows", type=_count, help="rows in a step (default: the fleet's)")
     once.add_argument("--window", type=_count, metavar="TOKENS", help="longest row (default: the fleet's)")
@@ -273,6 +278,7 @@ def _train_once(arguments: argparse.Namespace) -> None:
         adapter_out=arguments.adapter_out,
         start=arguments.start,
         reading=reading_of(arguments),
+        head_only=arguments.head_only,
     )
     print(msgspec.json.encode(found).decode() if arguments.json else trial.text(found))
 

@@ -80,7 +80,8 @@ class Train(Job, frozen=True):
     """Train `steps` local steps and write what travels (little-endian float32) to the file `delta`.
 
     What that is, and in which order, says the campaign's rule for round number `round` of the bloc. Only the top
-    `depth` layers move, 0 = all. The order of rows follows `data_seed`; `start` batches of that order are passed over.
+    `depth` layers move, 0 = all, `depth.HEAD_ONLY` = none but the head. The order of rows follows `data_seed`; `start`
+    batches of that order are passed over.
     In the file `state`, "" = none, the job keeps what it has done, at most once in `state_seconds`: the same job begun
     again after it was cut off goes on from there, and ends with the same bits.
     """

@@ -20,6 +20,7 @@ import msgspec
 from edge_agent import jobs
 from edge_agent.alone import OwnAdapter, numbered
 from edge_agent.dataset import Reading, Record, normal_form, read_records
+from edge_agent.depth import ALL, HEAD_ONLY
 from edge_agent.resources import threads_allowed
 from edge_agent.worker_process import Reply, WorkerProcess
 from fedge import errors
@@ -89,15 +90,19 @@ def train_once(
     adapter_out: Path | None = None,
     start: Path | None = None,
     reading: Reading | None = None,
+    head_only: bool = False,
 ) -> Trial:
     """Evaluate, train by `training.rule`, evaluate; from zero, or from the adapter file `start`. The adapter goes to
-    `adapter_out`. `reading` is what the owner says about the file `data`.
+    `adapter_out`. `reading` is what the owner says about the file `data`. With `head_only`, a classifier's head trains
+    alone, and every row is encoded once.
 
     Raises whatever the worker's jobs raise (NoInputError, DataError, IntegrityError), the refusals of
     `fedge.io.adapter_file.read_adapter`, UsageError when `adapter_out` would replace something else.
     """
     manifest = open_bundle_manifest(bundle)
     check_target(adapter_out)
+    if head_only:
+        _check_head(manifest, training)
     own = OwnAdapter.of(manifest, training, start)
     rounds = own.rounds(steps)
     folder = Path(tempfile.mkdtemp(prefix="fedge-trial-"))  # 0700
@@ -118,7 +123,7 @@ def train_once(
         bench = _Bench(bundle.resolve(), folder, own.training, threads_allowed(threads), progress, parts)
         try:
             before = bench.evaluate(own, "loss before")
-            own, trained = bench.train(own, rounds)
+            own, trained = bench.train(own, rounds, HEAD_ONLY if head_only else ALL)
             after = bench.evaluate(own, "loss after")
         finally:
             bench.stop()
@@ -158,6 +163,24 @@ def _trial(
 
 def _accuracy(found: jobs.Evaluated) -> float | None:
     return sum(found.right) / len(found.right) if found.right else None
+
+
+def _check_head(manifest: Manifest, training: Training) -> None:
+    """Before any work: the head can train alone."""
+    if not manifest.dense:
+        raise UsageError(
+            "this bundle has no head that trains",
+            field="head-only",
+            value=manifest.task,
+            hint="Give the bundle of a classifier",
+        )
+    if training.rule == "core":
+        raise UsageError(
+            "the rule core begins by looking for its basis in the layers",
+            field="head-only",
+            value=training.rule,
+            hint="Take another rule: for a head alone they are all the same",
+        )
 
 
 def check_target(path: Path | None) -> None:
@@ -221,7 +244,7 @@ class _Bench:
         self._verified = reply.verified
         return reply
 
-    def train(self, own: OwnAdapter, rounds: list[int]) -> tuple[OwnAdapter, jobs.Trained]:
+    def train(self, own: OwnAdapter, rounds: list[int], depth: int = ALL) -> tuple[OwnAdapter, jobs.Trained]:
         """These rounds; the adapter after them, and their sums in one answer."""
         delta, total = self._folder / "delta.f32", sum(rounds)
         answers: list[jobs.Trained] = []
@@ -237,6 +260,7 @@ class _Bench:
                 delta=str(delta),
                 steps=steps,
                 start=done,
+                depth=depth,
                 round=number,
                 data_seed=self._training.data_seed,
             )

@@ -4,8 +4,8 @@
 `schedule`, and `state` is what an interrupted round goes on from.
 """
 
+from edge_agent.depth import HEAD_ONLY
 from edge_agent.trainer.batch import BatchArrays
-from edge_agent.trainer.depth import HEAD_ONLY
 from edge_agent.trainer.optimizer import AdamW, Sgd
 from edge_agent.trainer.round import Recipe, RoundOutcome, Rule, train_round
 from edge_agent.trainer.schedule import Schedule

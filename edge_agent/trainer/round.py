@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.depth import lowest_layer
 from edge_agent.trainer.batch import BatchArrays
 from edge_agent.trainer.classify import by_class
-from edge_agent.trainer.depth import lowest_layer
 from edge_agent.trainer.optimizer import Kind, Optimizer, clip, make_optimizer
 from edge_agent.trainer.schedule import Schedule
 from edge_agent.trainer.state import Progress, TrainState

@@ -14,8 +14,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.depth import lowest_layer
 from edge_agent.trainer.batch import BatchArrays
-from edge_agent.trainer.depth import lowest_layer
 from edge_agent.trainer.round import Recipe, RoundOutcome, train_round
 from edge_agent.trainer.state import TrainState
 from edge_agent.trainer.step import StepResult

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
+from edge_agent.depth import HEAD_ONLY, lowest_layer
 from edge_agent.planner import Plan
 from edge_agent.trainer.batch import BatchArrays, label_count, pieces
 from edge_agent.trainer.classify import Answer, label_limit, labelled
-from edge_agent.trainer.depth import HEAD_ONLY, lowest_layer
 from edge_agent.trainer.evaluate import by_row
 from edge_agent.trainer.sessions import check_runtime
 from edge_agent.trainer.step import StepResult, Streamer

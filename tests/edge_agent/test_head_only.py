@@ -1,5 +1,6 @@
 """A head that trains alone: the encoder runs once for each row, and the numbers are those of whole steps."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from edge_agent.dataset import Batch
 from edge_agent.trainer import HEAD_ONLY, Trainer, TrainState, train_round
 from edge_agent.trainer.frozen import FEATURES, HEAD, FrozenEncoder
 from edge_agent.trainer.sessions import Graph
-from fedge.errors import ConfigError
+from edge_agent.trial import train_once
+from fedge.errors import ConfigError, UsageError
+from fedge.io.adapter_file import read_adapter
 from fedge.lora import DENSE
+from fedge.messages import Training
 
 SEED = bytes(range(16))
 ONE_RUN = 1  # what a step takes once all its rows are known: the head's own session
@@ -160,3 +164,39 @@ def test_a_bundle_without_a_head_that_trains_is_refused(tiny_bundle: Path) -> No
     batch = Batch(np.ones((1, 4), np.int64), np.ones((1, 4), np.int64), np.ones((1, 4), np.int64))
     with pytest.raises(ConfigError, match="no head"):
         trainer.loss_and_gradients(batch, trainer.layout.split(vector_of(trainer)), HEAD_ONLY)
+
+
+def write_rows(path: Path) -> Path:
+    words = {
+        "lights": "the lazy dog and the hen",
+        "music": "how are you my friend",
+        "weather": "best of the week",
+    }
+    lines = [
+        json.dumps({"text": f"{text} {i}", "label": label}) for i in range(8) for label, text in words.items()
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_device_alone_trains_the_head_and_then_all_of_it(bundle: Bundle, tmp_path: Path) -> None:
+    data, head, whole = write_rows(tmp_path / "rows.jsonl"), tmp_path / "head.fedge", tmp_path / "whole.fedge"
+    training = Training(a_seed=SEED, batch_rows=8, window_tokens=32, rate=0.02)
+    how = {"training": training, "threads": 1}
+    first = train_once(bundle.folder, data, steps=40, adapter_out=head, head_only=True, **how)
+    assert first.loss_after < 0.7 * first.loss_before
+    moved = read_adapter(head, bundle.manifest).tensors
+    assert all(value.any() == name.startswith(DENSE) for name, value in moved.items() if name[-2:] != ".A")
+    second = train_once(bundle.folder, data, steps=3, adapter_out=whole, start=head, **how)
+    assert second.loss_before == pytest.approx(first.loss_after, rel=1e-4)
+    assert any(v.any() for n, v in read_adapter(whole, bundle.manifest).tensors.items() if n.endswith(".B"))
+
+
+def test_a_head_alone_is_refused_before_any_work_where_there_is_none(
+    bundle: Bundle, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(UsageError, match="no head"):
+        train_once(tiny_bundle, data, steps=1, training=Training(), head_only=True)
+    with pytest.raises(UsageError, match="core"):
+        train_once(bundle.folder, data, steps=2, training=Training(rule="core"), head_only=True)
