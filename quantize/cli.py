@@ -59,6 +59,9 @@ _GATES: Final = {
     "aux_error": "masks and positions against torch",
     "position_error": "hidden states at the worst position against torch, relative",
     "cache_error": "decoding with a cache against without, nats a token",
+    "rounded_loss_error": "what rounding activations does to the loss, nats a token",
+    "rounded_gradient_error": "what it does to the whole gradient, relative",
+    "rounded_gradient_cosine": "the whole gradient's direction with torch's",
 }
 
 
@@ -282,7 +285,7 @@ def _head_of(manifest: Manifest) -> dict[str, Any]:
 def _text(summary: dict[str, Any]) -> str:
     lines = [f"{name:<16} {_cell(value)}" for name, value in summary.items() if name != "gates"]
     gates = [
-        f"  {name:<20} {value:<10.4g} {_GATES.get(name, '')}" for name, value in summary["gates"].items()
+        f"  {name:<23} {value:<10.4g} {_GATES.get(name, '')}" for name, value in summary["gates"].items()
     ]
     return "\n".join([*lines, "gates, all passed:", *(gate.rstrip() for gate in gates)])
 

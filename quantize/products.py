@@ -16,7 +16,7 @@ An offset per block never touches the codes either; D is the value of code z, K/
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -201,28 +201,40 @@ class Integers:
 
     Every row of activations has a scale of its own and a fixed zero, so a token's result does not depend on the
     tokens beside it. (`DynamicQuantizeMatMul` takes one range over all rows, and is slower.)
+
+    What the widest matrices of a block read on the way forward (in most models the product of gate and up) has single
+    numbers far above the others, which leave the others few steps. It is rounded twice, what the first left out as
+    well: SmolLM2-135M's whole gradient is then wrong by 0.25 of its length instead of 0.34. The weights stay integers.
     """
 
     def forward(self, low: Lowering, x: str, w: str) -> str:
         """x W^T."""
-        return self._product(low, x, low.part(w, "q"), low.part(w, "s"))
+        weight, scale = low.part(w, "q"), low.part(w, "s")
+        product = self._product(low, self._once(low, x), weight, scale)
+        if not low.is_widest(w):
+            return product
+        rest = low.once(("rest", x), lambda: self._rest(low, x))
+        return low.writer.add("Add", [product, self._product(low, self._once(low, rest), weight, scale)])
 
     def backward(self, low: Lowering, gradient: str, w: str) -> str:
         """gradient W: the scales of W's rows go into the gradient before it is rounded."""
         writer = low.writer
         scaled = writer.add("Mul", [gradient, low.part(w, "s")])
         turned = low.once(("turned", w), lambda: writer.add("Transpose", [low.part(w, "q")], perm=[1, 0]))
-        return self._product(low, scaled, turned, writer.constant(np.float32(1)))
+        return self._product(low, self._once(low, scaled), turned, writer.constant(np.float32(1)))
 
-    def _product(self, low: Lowering, x: str, weight: str, scale: str) -> str:
+    def _product(self, low: Lowering, rounded: Rounded, weight: str, scale: str) -> str:
         writer = low.writer
-        codes, size = low.once(("rounded", x), lambda: self._rounded(low, x))
         one, zero = writer.constant(np.float32(1)), writer.constant(np.array(_ZERO, np.uint8))
-        product = writer.add("MatMulIntegerToFloat", [codes, weight, one, scale, zero], domain=MICROSOFT)
-        return writer.add("Mul", [product, size])
+        product = writer.add(
+            "MatMulIntegerToFloat", [rounded.codes, weight, one, scale, zero], domain=MICROSOFT
+        )
+        return writer.add("Mul", [product, rounded.size])
 
-    def _rounded(self, low: Lowering, x: str) -> tuple[str, str]:
-        """(codes uint8 [M, K] about 128, scale of each row [M, 1])."""
+    def _once(self, low: Lowering, x: str) -> Rounded:
+        return low.once(("rounded", x), lambda: self._rounded(low, x))
+
+    def _rounded(self, low: Lowering, x: str) -> Rounded:
         writer, last = low.writer, low.writer.integers(-1)
         top = writer.add("ReduceMax", [writer.add("Abs", [x]), last], keepdims=1)
         size = writer.add("Mul", [top, writer.constant(np.float32(1 / _STEPS))])
@@ -231,7 +243,22 @@ class Integers:
         zeros = writer.add(
             "Expand", [writer.constant(np.array(_ZERO, np.uint8)), writer.add("Shape", [flat])]
         )
-        return writer.add("QuantizeLinear", [x, flat, zeros], axis=0), size
+        return Rounded(writer.add("QuantizeLinear", [x, flat, zeros], axis=0), size, flat, zeros)
+
+    def _rest(self, low: Lowering, x: str) -> str:
+        """What rounding leaves of x, [M, K]."""
+        writer, found = low.writer, self._once(low, x)
+        held = writer.add("DequantizeLinear", [found.codes, found.flat, found.zeros], axis=0)
+        return writer.add("Sub", [x, held])
+
+
+class Rounded(NamedTuple):
+    """A matrix [M, K] as codes uint8 about 128; the scale of each row as [M, 1] and as [M], and its zeros [M]."""
+
+    codes: str
+    size: str
+    flat: str
+    zeros: str
 
 
 PRODUCTS: Final[dict[Arithmetic, Products]] = {

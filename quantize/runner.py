@@ -12,26 +12,35 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
+
+from quantize.unrounded import without_rounding
 
 Array = npt.NDArray[Any]
 IGNORE: Final = -100
 _GRAPHS: Final = ("prologue", "block_fwd", "block_bwd", "norm_fwd", "norm_bwd", "rows", "ce")
 
 
-def session(path: Path | bytes) -> ort.InferenceSession:
-    """A single-threaded session: the same order of additions, so the same digits, on every run."""
+def session(path: Path | bytes, *, folds: bool = True) -> ort.InferenceSession:
+    """A single-threaded session: the same order of additions, so the same digits, on every run.
+
+    `folds`: what depends on constants alone is computed once, when the session is made, and held.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     model = path if isinstance(path, bytes) else str(path)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    left_out = None if folds else ["ConstantFolding"]
+    return ort.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out
+    )
 
 
 class Runner:
     """Loss and gradients of a batch. `tensors` by their names in the weight file, adapters as L{i}/{module}.A|B.
 
-    `kinds` and `cap` are the manifest's `layer_kinds` and `logit_cap`.
+    `kinds` and `cap` are the manifest's `layer_kinds` and `logit_cap`; `rounds`: products round what the graphs say.
     """
 
     def __init__(
@@ -44,8 +53,13 @@ class Runner:
         kinds: Sequence[str] = (),
         cap: float = 0.0,
         graphs: Sequence[str] = _GRAPHS,
+        rounds: bool = True,
     ) -> None:
-        self._sessions = {name: session(folder / f"{name}.onnx") for name in graphs}
+        paths = {name: folder / f"{name}.onnx" for name in graphs}
+        self._sessions = {
+            name: session(path if rounds else without_rounding(onnx.load(path)).SerializeToString())
+            for name, path in paths.items()
+        }
         self._tensors, self._layers, self._head_rows = tensors, layers, head_rows
         self._kinds, self._cap = kinds, cap
 
@@ -137,8 +151,8 @@ class Runner:
 class Decoder:
     """The inference graph with its cache, which grows by what is read."""
 
-    def __init__(self, graph: Path, adapter: Mapping[str, Array]) -> None:
-        self._session, self._adapter = session(graph), adapter
+    def __init__(self, graph: Path, adapter: Mapping[str, Array], *, folds: bool = True) -> None:
+        self._session, self._adapter = session(graph, folds=folds), adapter
         declared = {value.name: value.shape for value in self._session.get_inputs()}
         self._inputs = set(declared)
         self._empty = {n: shape for n, shape in declared.items() if n[0] in "kv" and n[1:].isdigit()}
