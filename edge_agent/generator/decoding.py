@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
 from edge_agent.generator.adapter import adapter_feeds
+from edge_agent.generator.pages import LargePages
 from fedge.errors import ConfigError, UnsupportedError
 
 Floats = NDArray[np.float32]
@@ -55,6 +56,7 @@ class Decoding:
         self._pause = pause
         self._one = np.empty((1, 1, self.vocabulary), np.float32)  # logits of one token, used again and again
         self._session = _open(bundle, threads)
+        self._pages = LargePages()  # of the weights: before the caches are made
         declared = self._session.get_inputs()
         self._inputs = {entry.name for entry in declared}
         self._empty = {e.name: (1, e.shape[1], 0, e.shape[3]) for e in declared if _is_cache(e.name)}
@@ -114,6 +116,8 @@ class Decoding:
         self._binding.bind_ortvalue_output("logits", self._bound["logits"])
         self._session.run_with_iobinding(self._binding)
         self.past = total
+        if len(ids) == 1:
+            self._pages.after_token()
         if not self._shared:
             self._follow()
         if self._pause is not None:
