@@ -32,6 +32,7 @@ class Counts(msgspec.Struct, frozen=True):
     turns_unused: int = 0
     shortened: int = 0  # kept with the beginning of the prompt, or the end of a labelled text, left out
     bad: int = 0  # records that could not be read and that the owner lets pass
+    trimmed: int = 0  # turns whose white space at an end the model's chat template does not write
 
 
 class Memory(msgspec.Struct, frozen=True):

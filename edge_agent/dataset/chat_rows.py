@@ -17,8 +17,18 @@ import numpy as np
 from edge_agent.dataset.record import Conversation, Turn
 from edge_agent.dataset.row import Row, Seen, longest
 from fedge.chat import ChatFormat, check, write_unchecked
+from fedge.errors import DataError
 
 _SYSTEM_SHARE: Final = 2  # a system turn gets at most this part of the window: one half
+_JOIN: Final = "--join-runs makes one turn of those that follow each other"
+_SKIP: Final = "--skip-bad N passes over up to N such conversations"
+_HELP: Final[dict[object, str]] = {
+    **dict.fromkeys(("users-in-a-row", "assistants-in-a-row", "tools-in-a-row"), f"{_JOIN}; {_SKIP}"),
+    **dict.fromkeys(
+        ("system-later", "system-alone", "assistant-first", "tool-first", "tool", "empty-turn", "thought"),
+        _SKIP,
+    ),
+}
 
 
 @runtime_checkable
@@ -48,7 +58,8 @@ class ChatRows:
     def rows(self, conversation: Conversation, seen: Seen) -> Iterator[Row]:
         """The rows of a conversation, counted in `seen`. Raises DataError when its shape cannot be written."""
         turns = [replace(turn, text=turn.text.strip()) if self._trim else turn for turn in conversation.turns]
-        check(self._chat, [(turn.role, turn.text) for turn in turns])
+        self._check(turns)
+        seen.trimmed += sum(map(self._loses_space, conversation.turns))
         wanted = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.learnt]
         seen.examples += len(wanted)
         todo = [i for i in wanted if turns[i].text.strip()]
@@ -65,6 +76,23 @@ class ChatRows:
             seen.shortened += len(learnt) if shown else 0
             yield self._row(piece, conversation.conversation)
             todo = todo[len(learnt) :]
+
+    def _check(self, turns: Sequence[Turn]) -> None:
+        """Raises DataError, with what the owner can do about it, when the template cannot write this shape."""
+        try:
+            check(self._chat, [(turn.role, turn.text) for turn in turns])
+        except DataError as error:
+            if error.value not in _HELP:
+                raise
+            hint = f"{error.hint.rstrip('. ')}. {_HELP[error.value]}".removeprefix(". ")
+            raise DataError(error.what, field=error.field, value=error.value, hint=hint) from error
+
+    def _loses_space(self, turn: Turn) -> bool:
+        """Whether white space at an end of a turn's text is not written: the template takes it off."""
+        text, frame = turn.text, self._chat.frames.get(turn.role)
+        if not text.strip():
+            return False
+        return (text.strip() if self._trim or frame is None else frame.text(text)) != text
 
     def _fitting(self, turns: list[Turn], todo: list[int]) -> tuple[_Piece, bool, list[int]] | None:
         """The row that learns the first of `todo` and as many after it as fit; whether something was left out."""

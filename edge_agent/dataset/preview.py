@@ -189,6 +189,7 @@ def lines(found: Preview, *, colour: bool) -> Iterator[str]:
         (counts.too_long, "left out: the answer alone does not fit the window"),
         (counts.empty, "left out: the answer has no text"),
         (counts.turns_unused, "turns that no answer follows"),
+        (counts.trimmed, "turns lose white space at an end: the model's chat template does not write it"),
     ):
         if number:
             yield f"  {number:,} {what}"

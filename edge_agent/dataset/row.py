@@ -38,6 +38,7 @@ class Seen:
     empty: int = 0
     unused: int = 0
     shortened: int = 0
+    trimmed: int = 0
 
 
 def longest(most: int, fits: Callable[[int], bool]) -> int:

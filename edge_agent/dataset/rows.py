@@ -139,6 +139,7 @@ class RowMaker:
             seen.unused,
             seen.shortened,
             tally.bad,
+            seen.trimmed,
         )
 
     def rows(self, record: Record) -> list[Row]:

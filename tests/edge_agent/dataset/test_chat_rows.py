@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from letters import BRACKETS, EOS, Letters, wrote
 
-from edge_agent.dataset import Conversation, Dataset, Row, Turn, load_dataset, make_batch
+from edge_agent.dataset import Conversation, Dataset, Reading, Row, Turn, load_dataset, make_batch
 from edge_agent.dataset.chat_rows import ChatRows
-from edge_agent.dataset.preview import parts
+from edge_agent.dataset.preview import lines, parts, preview
 from edge_agent.dataset.row import Seen
 from fedge.chat import ChatFormat, Frame, write
 from fedge.errors import ConfigError, DataError
@@ -139,10 +139,10 @@ def test_whatever_the_conversation_every_answer_is_learnt_once_or_counted(
 def test_a_shape_that_the_template_refuses_is_refused_with_its_line(tmp_path: Path) -> None:
     chat = msgspec.structs.replace(BRACKETS, cannot={"users-in-a-row": "the model's template says: by turns"})
     path = wrote(tmp_path, [talk("ua", "ab"), talk("ua", "ub", "ac")])
-    with pytest.raises(DataError, match=r"line 2: .*two user turns in a row.*says: by turns"):
+    with pytest.raises(DataError, match=r"line 2: .*two user turns in a row.*says: by turns") as refused:
         loaded(path, chat=chat)
-    from edge_agent.dataset import Reading
-
+    assert refused.value.hint.startswith("the model's template says: by turns. --join-runs makes one turn")
+    assert "--skip-bad N" in refused.value.hint
     data = load_dataset(path, CHAT, letters, eos_id=EOS, window=64, chat=chat, reading=Reading(skip_lines=1))
     assert (data.counts.records, data.counts.bad, data.counts.kept) == (1, 1, 1)
     joined = load_dataset(
@@ -153,8 +153,35 @@ def test_a_shape_that_the_template_refuses_is_refused_with_its_line(tmp_path: Pa
 
 def test_outer_space_that_a_template_cannot_keep_is_taken_off(tmp_path: Path) -> None:
     chat = msgspec.structs.replace(BRACKETS, cannot={"outer-space": "it strips"})
-    (row,) = loaded(wrote(tmp_path, [talk("u hi\n", "a yo ")]), chat=chat).rows
-    assert marked(row) == "U(hi)A([[yo)]]"
+    path = wrote(tmp_path, [talk("u hi\n", "a yo "), talk("uhi", "ayo\n")])
+    data = loaded(path, chat=chat)
+    assert [marked(row) for row in data.rows] == ["U(hi)A([[yo)]]"] * 2
+    assert data.counts.trimmed == 3
+    found = preview(path, CHAT, letters, eos_id=EOS, window=64, reading=Reading(), chat=chat)
+    assert "  3 turns lose white space at an end" in "\n".join(lines(found, colour=False))
+    assert loaded(path).counts.trimmed == 0, "BRACKETS keeps it"
+    bare = msgspec.structs.replace(BRACKETS.frames["user"], strip="left")
+    one_end = msgspec.structs.replace(BRACKETS, frames={**BRACKETS.frames, "user": bare})
+    assert loaded(path, chat=one_end).counts.trimmed == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "turns", "join"),
+    [
+        ("assistants-in-a-row", ("ua", "ab", "ac"), True),
+        ("tools-in-a-row", ("ua", "tb", "tc", "ad"), True),
+        ("system-later", ("ua", "sb", "uc", "ad"), False),
+        ("thought", ("ua", "ab</think>c"), False),
+    ],
+)
+def test_a_refusal_names_the_flag_that_helps(
+    tmp_path: Path, shape: str, turns: tuple[str, ...], join: bool
+) -> None:
+    chat = msgspec.structs.replace(BRACKETS, cannot={shape: "not here"})
+    with pytest.raises(DataError) as refused:
+        loaded(wrote(tmp_path, [talk(*turns)]), chat=chat)
+    assert ("--join-runs" in refused.value.hint) == join
+    assert "--skip-bad N" in refused.value.hint
 
 
 def test_a_bundle_without_a_chat_template_says_so(tmp_path: Path) -> None:
