@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 from transformers import WhisperForAudioClassification
+from transformers.utils import logging
 
 from fedge.audio import FFT_SAMPLES, HOP_SAMPLES, POSITION_SAMPLES, SAMPLE_RATE, AudioInput
 from fedge.errors import DataError, UnsupportedError, UsageError
@@ -83,9 +85,10 @@ def open_audio(folder: Path, architecture: str, classes: Sequence[str], seconds:
             hint="--classes yes,no or --classes-from FILE, one a line",
         )
     else:
-        model = read_checkpoint(
-            WhisperForAudioClassification, folder, optional=("projector.", "classifier."), surplus=True
-        )
+        with _quietly():
+            model = read_checkpoint(
+                WhisperForAudioClassification, folder, optional=("projector.", "classifier."), surplus=True
+            )
         _fresh_head(model, classes)
         names = tuple(classes)
     return AudioClassifier(model, names, cut_window(model, seconds))
@@ -113,6 +116,17 @@ def cut_window(model: Any, seconds: float = 0) -> AudioInput:
         config.max_source_positions = positions
     config.max_position_embeddings = positions  # where families of texts have it
     return AudioInput(mels=int(config.num_mel_bins), samples=positions * POSITION_SAMPLES)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers warns of a head that is not in the checkpoint: it is known, and a fresh one comes next."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _fresh_head(model: Any, classes: Sequence[str]) -> None:
