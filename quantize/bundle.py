@@ -42,7 +42,7 @@ from quantize.chat import chat_format
 from quantize.choice import Choice, choose, is_exact
 from quantize.classifier_gates import ClassifierExam, longest_text
 from quantize.classify import classifier_graphs
-from quantize.decode import inference_graph
+from quantize.decode import centred_matrices, inference_graph
 from quantize.encoders import with_targets
 from quantize.fit import FITTED, fit
 from quantize.formats import EMBEDDING_FORMAT, WeightFormat
@@ -135,6 +135,7 @@ class _Build:
         fitted = fit(source, fmt, tell) if fits else None
         tensors = quantise(source, fmt, tell, fitted)
         self._places: Mapping[str, TensorPlace] = write_weights(folder / WEIGHTS, tensors)
+        centred = centred_matrices(tensors, fmt)
         del tensors
         infer = None
         if source.classes:
@@ -142,7 +143,8 @@ class _Build:
         else:
             graphs = training_graphs(source.anatomy, lora, fmt, tell)
             try:
-                infer = graphs["infer.onnx"] = inference_graph(source.anatomy, lora, fmt, self._places)
+                infer = inference_graph(source.anatomy, lora, fmt, self._places, centred=centred)
+                graphs["infer.onnx"] = infer
             except (
                 UnsupportedError
             ) as refusal:  # it trains all the same; manifest.files says that it cannot write

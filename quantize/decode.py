@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, numpy_helper
@@ -90,6 +91,22 @@ def inference_graph(
     levels = dict.fromkeys(matrices, block_level) | {_HEAD: LEVEL_INT8}
     lowered = DecodeLowering({**matrices, _TABLE: table, _HEAD: table}, levels, centred=centred).run(stitched)
     return canonical(_externalised(lowered, places))
+
+
+def centred_matrices(tensors: Mapping[str, npt.NDArray], fmt: WeightFormat) -> frozenset[str]:
+    """Names (L0/PATH.w) of the matrices in which every offset is -zero x scale, as in all that comes from Q4_0.
+
+    `tensors` are those of the weight file. A product by what is left of such offsets would add nothing but zeros.
+    """
+    if not fmt.has_offset:
+        return frozenset()
+    names = [name.removesuffix(".m") for name in tensors if name.endswith(".w.m")]
+
+    def is_centred(name: str) -> bool:
+        scale, low = (tensors[f"{name}.{part}"].astype(np.float32) for part in "sm")
+        return not (low + np.float32(fmt.zero) * scale).any()
+
+    return frozenset(filter(is_centred, names))
 
 
 def at_level(model: onnx.ModelProto, level: int, *, head: bool = True) -> onnx.ModelProto:
