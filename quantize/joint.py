@@ -24,7 +24,7 @@ from quantize.anatomy import BATCH, LENGTH, Anatomy, Size, take
 from quantize.blocks import block_parameters
 from quantize.idle import drop_idle
 from quantize.sequences import cut_sequences
-from quantize.tracing import onnx_of, tracing
+from quantize.tracing import onnx_of, program_of, tracing
 from quantize.watching import untraceable
 
 _LENGTH_MAX: Final = 1 << 20
@@ -131,7 +131,8 @@ def traced_graph(
     """The graph of a function of tensors; `shapes` says which sizes may change, as torch's exporter wants it.
 
     Sizes are fixed but for batch and length, and the trace is of torch's core operators. torch's exporter would trace
-    once more to decompose, at twice the cost of all the rest; nothing is left to decompose, so it is told so.
+    twice more, to check and to decompose, at twice the cost of all the rest; nothing is left to decompose, so it is
+    told so, and where nothing is left to check (`tracing.program_of`) it is spared both.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with tracing():
@@ -139,7 +140,9 @@ def traced_graph(
         with mode, enable_python_dispatcher():
             traced = make_fx(function, decomposition_table=core_aten_decompositions())(*stand_ins)
         drop_idle(traced, pure=pure)
-        program = torch.export.export(traced, arguments, dynamic_shapes=shapes, strict=False)
+        program = program_of(traced, mode.shape_env)
+        if program is None:
+            program = torch.export.export(traced, arguments, dynamic_shapes=shapes, strict=False)
     program.run_decompositions = lambda *_: program
     return to_onnx(program, inputs, outputs)
 

@@ -14,11 +14,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import onnx
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from quantize.placeholder import translations
@@ -35,6 +45,63 @@ def tracing() -> Iterator[None]:
         settings.enter_context(_without_stack_traces())
         settings.enter_context(_collector_resting())
         yield
+
+
+def program_of(traced: GraphModule, sizes: ShapeEnv) -> ExportedProgram | None:
+    """The trace as it is, as an exported program; None where `torch.export` has to look at it.
+
+    That is a trace with tensors of its own, one that changes a tensor in place, and one that holds for some sizes
+    only: tracing it once more is how torch lifts, functionalises and refuses those.
+    """
+    plain = all(map(_is_plain, traced.graph.nodes))
+    if sizes.guards or sizes.replacements or not plain or not _ask_inputs_for_sizes(traced):
+        return None
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    *_, end = traced.graph.nodes
+    signature = ExportGraphSignature(
+        [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in inputs],
+        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in end.args[0]],
+    )
+    return ExportedProgram(traced, traced.graph, signature, {}, {}, [])
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether the node is an input, the output, or an operator that changes nothing."""
+    if node.op != "call_function":
+        return node.op in ("placeholder", "output")
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or not schema.is_mutable
+
+
+def _ask_inputs_for_sizes(traced: GraphModule) -> bool:
+    """Read every size off an input, and compute every product of sizes once.
+
+    A trace reads sizes off whatever is at hand, so that a gradient would wait for a tensor of which it needs the
+    length alone. Like `torch.export` the batch is asked of the first input that has it, and a length of the last: a
+    bundle is the same, bit for bit, by either way. Returns False when only an inner tensor has some size.
+    """
+    graph, places, known = traced.graph, dict[Any, tuple[Node, int]](), dict[Any, Node]()
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        for axis, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt) and not (axis == 0 and size.node.expr in places):
+                places[size.node.expr] = (node, axis)
+    with graph.inserting_before(inputs[-1].next):
+        for expression, (node, axis) in places.items():
+            known[expression] = graph.call_function(torch.ops.aten.sym_size.int, (node, axis))
+            known[expression].meta["val"] = node.meta["val"].shape[axis]
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, torch.SymInt):
+            continue
+        first = known.setdefault(value.node.expr, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+        elif node.target is torch.ops.aten.sym_size.int and value.node.expr not in places:
+            return False
+    graph.eliminate_dead_code()
+    traced.recompile()
+    return True
 
 
 def onnx_of(program: ExportedProgram) -> onnx.ModelProto:
