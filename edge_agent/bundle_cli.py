@@ -66,13 +66,19 @@ def _add_plan(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> arg
     plan = words.add_parser(
         "plan",
         help="memory and time of a training step on a board",
-        description="Predicts, from the manifest alone, the peak memory of the worker and about how long a step takes. "
+        description="Predicts, from the manifest alone, what memory an agent on the board would want free before it "
+        "trains (the worker's peak and a tenth), how it would train, and about how long a step takes. "
         "Without --board: all boards that are known.",
     )
     plan.add_argument(
         "--board", metavar="NAME", help="zero2w, pi3, pi4, pi5, jetson-nano, orin-nano, gateway"
     )
-    plan.add_argument("--memory", type=int, metavar="MB", help="instead of what the board has")
+    plan.add_argument(
+        "--memory",
+        type=int,
+        metavar="MB",
+        help="for agent and worker together, as an owner's memory_mb_max, instead of what the board has",
+    )
     plan.add_argument("--rows", type=int, help="rows in a step (default: the fleet's)")
     plan.add_argument("--window", type=int, metavar="TOKENS", help="longest row (default: the fleet's)")
     plan.set_defaults(run=_plan)
@@ -150,11 +156,11 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _row(
     manifest: Manifest, training: Training, kind: Board, parameters: int, memory_mb: int | None
 ) -> dict[str, Any]:
-    """What the device's planner makes of a board."""
-    from edge_agent.planner import need, plan
+    """What an agent's planner makes of a board: the same room, the same plan, the same figure."""
+    from edge_agent.planner import AGENT_BYTES, plan, worker_bytes
     from fedge.errors import UnavailableError
 
-    free = memory_mb * 1_000_000 if memory_mb else kind.free_bytes
+    free = max(0, (memory_mb * 10**6 if memory_mb else kind.free_bytes) - AGENT_BYTES)
     seconds = kind.step_seconds(parameters, training.batch_rows * training.window_tokens)
     row = {"board": kind.label, "free_mb": round(free / 1e6), "seconds_per_step": round(seconds, 1)}
     try:
@@ -167,12 +173,12 @@ def _row(
             "how": f"{refusal.what}. {refusal.hint}",
             "plan": None,
         }
-    peak = need(manifest, training, chosen).peak
+    needed = worker_bytes(manifest, training, chosen)
     fields = {name: getattr(chosen, name) for name in chosen.__struct_fields__}
     return {
         **row,
         "fits": True,
-        "needed_mb": round(peak / 1e6),
+        "needed_mb": round(needed / 1e6),
         "how": _how(chosen, manifest),
         "plan": fields,
     }

@@ -27,6 +27,7 @@ from fedge.messages import Training
 from fedge.release import Manifest
 
 RUNTIME_BYTES: Final = 34_500_000  # anonymous: interpreter, numpy, ONNX Runtime and the sessions of a step
+AGENT_BYTES: Final = 40_960_000  # of an agent beside its worker, for plans made without one; measured 38 MB
 LIBRARY_BYTES: Final = 50_000_000  # pages of their files that a step touches
 _KEEP_SESSIONS: Final = 2_500_000
 _TOKENIZER_RATIO: Final = 26  # a loaded tokenizer over its file; it is let go before the sessions are loaded
@@ -85,7 +86,7 @@ def fits(
 ) -> bool:
     """Whether a plan's predicted peak, with its margin, is within `memory_bytes`."""
     room = memory_bytes * (_KEEP_SHARE if chosen.keep else 1.0)
-    return _MARGIN * need(manifest, training, chosen, gauged=gauged).peak <= room
+    return worker_bytes(manifest, training, chosen, gauged=gauged) <= room
 
 
 def need(
@@ -111,9 +112,14 @@ def need(
     return Need(anonymous + files, anonymous)
 
 
-def worker_bytes(manifest: Manifest, training: Training, *, gauged: bool = False) -> int:
-    """What must be free for a worker that trains the plain way: its predicted peak and a margin, in bytes."""
-    return int(_MARGIN * need(manifest, training, gauged=gauged).peak)
+def worker_bytes(
+    manifest: Manifest, training: Training, chosen: Plan | None = None, *, gauged: bool = False
+) -> int:
+    """What must be free for a worker that trains so (None: the plain way): its predicted peak and a margin, in bytes.
+
+    The one figure by which a device decides and which `fedge bundle plan` tells.
+    """
+    return int(_MARGIN * need(manifest, training, chosen, gauged=gauged).peak)
 
 
 def row_tokens(manifest: Manifest, training: Training) -> int:
@@ -154,7 +160,7 @@ def _nothing_fits(
     def least(tokens: int) -> int:
         shorter = msgspec.structs.replace(training, window_tokens=tokens)
         return min(
-            int(_MARGIN * need(manifest, shorter, candidate, gauged=gauged).peak)
+            worker_bytes(manifest, shorter, candidate, gauged=gauged)
             for candidate in _candidates(manifest, shorter)
         )
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from edge_agent import effects, jobs, work
+from edge_agent import bundle_cli, effects, jobs, work
 from edge_agent.downloads import Downloads
 from edge_agent.home import Home
-from edge_agent.planner import RUNTIME_BYTES, Plan, fits, need, plan, worker_bytes
+from edge_agent.planner import AGENT_BYTES, RUNTIME_BYTES, Plan, fits, need, plan, worker_bytes
+from edge_agent.resources import Memory
 from edge_agent.settings import Settings
 from edge_agent.stats import Stats
 from edge_agent.work import Work
+from fedge.boards import board
+from fedge.cli import main
 from fedge.errors import UnavailableError
 from fedge.lora import AdapterLayout
 from fedge.messages import Training
@@ -192,6 +197,52 @@ def test_so_is_what_the_board_has_left(
     assert (event.name, "this board has 52 MB left" in event.reason) == ("memory", True)
     monkeypatch.setattr(work, "free_memory_mb", lambda: 8_000)
     assert bench.train() is None
+
+
+# ---------------------------------------------------------------- what is told of a board without one
+def test_what_is_told_of_a_board_is_what_an_agent_there_would_decide(
+    manifest: Manifest,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = Memory(resident_kb=AGENT_BYTES // 1_024)
+    monkeypatch.setattr(work, "memory_of", lambda pid: own if pid == os.getpid() else Memory())
+    monkeypatch.setattr(work, "free_memory_mb", lambda: 8_000)
+    plans = set()
+    for megabytes in (60, *range(125, 160, 5), 170, 220, 400, 2_000):
+        (tmp_path / str(megabytes)).mkdir()
+        bench = Bench(tmp_path / str(megabytes), tiny_bundle, manifest, megabytes)
+        decided, reason = bench.work._plan(bench.sha256, bench.publisher, Training())
+        words = ["bundle", "plan", str(tiny_bundle), "--board", "pi4", "--memory", str(megabytes), "--json"]
+        assert main(words) == 0
+        (row,) = json.loads(capsys.readouterr().out)["boards"]
+        assert row["fits"] == (reason == "")
+        if row["fits"]:
+            assert msgspec.convert(row["plan"], Plan) == decided
+            assert row["needed_mb"] == round(worker_bytes(manifest, Training(), decided) / MB)
+            plans.add(decided)
+        else:
+            what, _, hint = row["how"].partition(". ")
+            assert reason == f"{what}: the owner allows {megabytes} MB. {hint}"
+    assert len(plans) > 1, "the sweep meets more than one plan"
+
+
+def test_the_figure_that_is_told_is_what_must_be_free(manifest: Manifest) -> None:
+    found, training = smollm2(manifest), Training()
+
+    def row(megabytes: int) -> dict[str, Any]:
+        return bundle_cli._row(found, training, board("pi4"), 1, megabytes)
+
+    plain = round(worker_bytes(found, training) / MB)
+    agent = -(-AGENT_BYTES // MB)
+    assert (row(plain + agent + 1)["plan"], row(plain + agent + 1)["needed_mb"]) == (
+        msgspec.to_builtins(Plan()),
+        plain,
+    )
+    assert row(plain + agent - 1)["plan"] != msgspec.to_builtins(Plan())
+    assert row(plain + agent + 1)["free_mb"] == plain + 1
 
 
 def test_the_planner_needs_no_numpy() -> None:
