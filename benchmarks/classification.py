@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -46,7 +45,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     head_epochs: int
     head_rate: float
     warm_epochs: int
-    lora_epochs: int
+    lora_epochs: int  # 0 = the head alone
     lora_rate: float
 
 
@@ -55,9 +54,10 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
     head: float
     head_seconds: float
-    lora: float
-    lora_seconds: float
-    peak: int
+    head_peak: int
+    lora: float | None = None  # None: was left out
+    lora_seconds: float = 0.0
+    lora_peak: int = 0
 
 
 class Utterances(msgspec.Struct, frozen=True):
@@ -75,6 +75,7 @@ def main() -> int:
     flags.add_argument("--model", default=MODEL, help=f"an encoder, as `fedge quantize` takes it ({MODEL})")
     flags.add_argument("--formats", default="int8g,int4d", help="of the weights, with commas")
     flags.add_argument("--draws", type=int, default=3, help="of training and test rows (3)")
+    flags.add_argument("--lora-draws", type=int, default=1, help="so many of them with LoRA, too (1)")
     flags.add_argument("--head-epochs", type=int, default=12)
     flags.add_argument("--head-rate", type=float, default=1e-2)
     flags.add_argument("--warm-epochs", type=int, default=3, help="of the head alone, before LoRA joins it")
@@ -137,8 +138,10 @@ def _measure(data: dict[str, list[list[str]]], folder: Path, arguments: Any) -> 
         rows.write_bytes(msgspec.json.encode(drawn))
         for side in found:
             source = model if side == "torch" else folder / side
-            result = _child("torch" if side == "torch" else "ours", _spec(str(source), str(rows), arguments))
-            progress(f"draw {draw}, {side}: head {result.head:.2%}, head and LoRA {result.lora:.2%}")
+            spec = _spec(str(source), str(rows), arguments, lora=draw < arguments.lora_draws)
+            result = _child("torch" if side == "torch" else "ours", spec)
+            both = "" if result.lora is None else f", head and LoRA {result.lora:.2%}"
+            progress(f"draw {draw}, {side}: head {result.head:.2%}{both}")
             found[side].append(result)
     return [row for name in formats for row in _rows(name, found[name], found["torch"])]
 
@@ -159,14 +162,14 @@ def _draw(data: dict[str, list[list[str]]], classes: list[str], tokenizer: Path,
     return Utterances(len(classes), of("train", TRAIN_ROWS), of("test", TEST_ROWS))
 
 
-def _spec(source: str, rows: str, arguments: Any) -> Spec:
+def _spec(source: str, rows: str, arguments: Any, *, lora: bool) -> Spec:
     return Spec(
         source=source,
         rows=rows,
         head_epochs=arguments.head_epochs,
         head_rate=arguments.head_rate,
         warm_epochs=arguments.warm_epochs,
-        lora_epochs=1 if arguments.quick else arguments.lora_epochs,
+        lora_epochs=lora * (1 if arguments.quick else arguments.lora_epochs),
         lora_rate=arguments.lora_rate,
     )
 
@@ -182,20 +185,29 @@ def _rows(name: str, ours: list[Found], theirs: list[Found]) -> list[Row]:
     rows = []
     for part, case in (("head", f"{name} head"), ("lora", f"{name} head + LoRA r=8")):
         mine, other = (
-            [(getattr(one, part), getattr(one, f"{part}_seconds")) for one in side] for side in (ours, theirs)
+            [
+                (
+                    100 * getattr(one, part),
+                    getattr(one, f"{part}_seconds"),
+                    getattr(one, f"{part}_peak") / 1e6,
+                )
+                for one in side
+                if getattr(one, part) is not None
+            ]
+            for side in (ours, theirs)
         )
-        accuracy = [100 * share for share, _ in mine]
-        gaps = [100 * (a[0] - b[0]) for a, b in zip(mine, other, strict=True)]
+        if not mine:
+            continue
+        accuracy, seconds, peaks = map(list, zip(*mine, strict=True))
+        torch_has = [float(np.median(column)) for column in zip(*other, strict=True)]
+        gaps = [a[0] - b[0] for a, b in zip(mine, other, strict=True)]
         rows += [
-            Row.of("accuracy_percent", case, accuracy, "%", goal=GOAL, baseline=peer,
-                   baseline_value=float(np.median([100 * share for share, _ in other]))),
+            Row.of("accuracy_percent", case, accuracy, "%", goal=GOAL, baseline=peer, baseline_value=torch_has[0]),
             Row.of("accuracy_gap_points", case, gaps, "points", goal=">= -0.5"),
-            Row.of("train_cpu_s", case, [seconds for _, seconds in mine], "s", baseline=peer,
-                   baseline_value=float(np.median([seconds for _, seconds in other]))),
+            Row.of("train_cpu_s", case, seconds, "s", baseline=peer, baseline_value=torch_has[1]),
+            Row.of("peak_mb", case, peaks, "MB", baseline=peer, baseline_value=torch_has[2]),
         ]  # fmt: skip
-    peaks = [one.peak / 1e6 for one in ours]
-    torch_peak = float(np.median([one.peak / 1e6 for one in theirs]))
-    return [*rows, Row.of("peak_mb", name, peaks, "MB", baseline=peer, baseline_value=torch_peak)]
+    return rows
 
 
 # ---------------------------------------------------------------- both sides
@@ -229,7 +241,9 @@ def _texts(rows: list[tuple[list[int], int]]) -> list[Any]:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes resident at most, of this program alone: what `getrusage` tells includes who started it."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def _ours(spec: Spec) -> Found:
@@ -254,14 +268,15 @@ def _ours(spec: Spec) -> Found:
 
     zero, at = np.zeros(trainer.layout.numbers, np.float32), process_time()
     head = train(zero, spec.head_epochs, spec.head_rate, 0, HEAD_ONLY)
-    head_seconds, at = process_time() - at, process_time()
+    seconds = process_time() - at
+    found = Found(head=accuracy(head), head_seconds=seconds, head_peak=_peak())
+    if not spec.lora_epochs:
+        return found
+    at = process_time()
     warm = train(zero, spec.warm_epochs, spec.head_rate, 1, HEAD_ONLY)
     both = train(warm, spec.lora_epochs, spec.lora_rate, 2)
-    lora_seconds = process_time() - at
-    return Found(
-        head=accuracy(head), head_seconds=head_seconds,
-        lora=accuracy(both), lora_seconds=lora_seconds, peak=_peak(),
-    )  # fmt: skip
+    seconds = process_time() - at
+    return msgspec.structs.replace(found, lora=accuracy(both), lora_seconds=seconds, lora_peak=_peak())
 
 
 def _torch(spec: Spec) -> Found:
@@ -314,19 +329,19 @@ def _torch(spec: Spec) -> Found:
 
     at = process_time()
     train(of_vector, base.classifier.parameters(), spec.head_epochs, spec.head_rate, 0)
-    head_seconds = process_time() - at
-    head = accuracy(of_vector)
+    seconds = process_time() - at
+    found = Found(head=accuracy(of_vector), head_seconds=seconds, head_peak=_peak())
+    if not spec.lora_epochs:
+        return found
     base.classifier.load_state_dict(start)
     at = process_time()
     train(of_vector, base.classifier.parameters(), spec.warm_epochs, spec.head_rate, 1)
     how = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"])
     model = get_peft_model(base, how)
     train(whole, [p for p in model.parameters() if p.requires_grad], spec.lora_epochs, spec.lora_rate, 2)
-    lora_seconds = process_time() - at
+    seconds = process_time() - at
     model.eval()
-    return Found(
-        head=head, head_seconds=head_seconds, lora=accuracy(whole), lora_seconds=lora_seconds, peak=_peak()
-    )  # fmt: skip
+    return msgspec.structs.replace(found, lora=accuracy(whole), lora_seconds=seconds, lora_peak=_peak())
 
 
 if __name__ == "__main__":
