@@ -34,8 +34,8 @@ _DOMAIN: Final = b"fedge bundle manifest v1\x00"
 OPERATORS_ALLOWED: Final = frozenset(
     str.split(
         """
-        Abs Add And ArgMax BitShift BitwiseAnd Cast Clip Concat Constant ConstantOfShape Conv Cos CumSum
-        DequantizeLinear Div Equal Erf Exp Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater
+        Abs Add And ArgMax AveragePool BitShift BitwiseAnd Cast Clip Concat Constant ConstantOfShape Conv Cos
+        CumSum DequantizeLinear Div Equal Erf Exp Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater
         GreaterOrEqual Identity IsNaN LayerNormalization Less LessOrEqual Log MatMul MatMulInteger Max Min Mul
         Neg Not Or Pow QuantizeLinear Range Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape
         ScatterElements ScatterND Shape Sigmoid Sign Sin Slice Softmax Split Sqrt Squeeze Sub Sum Tanh Tile

@@ -1,6 +1,7 @@
 """A tiny model's bundle: what is in it, that it computes what torch computes, and that nothing can be changed in it."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from onnx import helper
 
@@ -171,22 +173,42 @@ def test_the_manifest_names_every_file_and_operator(tiny_bundle: Path, manifest:
     assert manifest.gates["cut_gradient_error"] <= 1e-5
 
 
-def test_the_same_input_gives_the_same_bundle(tiny_bundle: Path, tiny_model: Path, tmp_path: Path) -> None:
-    phases: dict[str, float] = {}
-    again = quantize(
-        str(tiny_model),
-        tmp_path / "again",
-        tiny.PUBLISHER,
-        lora=tiny.LORA,
-        name="tiny",
-        weights_format="int4d",
-        head_rows=tiny.HEAD_ROWS,
-        progress=lambda phase, fraction: phases.update({phase: fraction}),
-    )
-    for path in tiny_bundle.iterdir():
-        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
-    assert bundle_digest(again) == hashlib.sha256((tiny_bundle / MANIFEST).read_bytes()).hexdigest()
-    assert phases == dict.fromkeys(("read", "quantise", "export", "gates", "sign"), 1.0)
+# What `conftest.tiny_bundle` does, in a process of its own that says how far each phase came.
+_AGAIN = """
+import json, sys
+import tiny
+from quantize.bundle import quantize
+model, out, phases = *sys.argv[1:], {}
+quantize(
+    model, out, tiny.PUBLISHER, lora=tiny.LORA, name="tiny", weights_format="int4d", head_rows=tiny.HEAD_ROWS,
+    progress=lambda phase, fraction: phases.update({phase: fraction}),
+)
+print(json.dumps(phases))
+"""
+
+
+def test_another_process_makes_the_same_bundle_of_the_same_model(
+    tiny_bundle: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Byte for byte, whatever the seed of hashes, the folder, the clock and the number of threads are."""
+    threads = 2 if torch.get_num_threads() == 1 else 1
+    varied = {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": str(threads), "TZ": "UTC7"}
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    said = subprocess.run(
+        [sys.executable, "-c", _AGAIN, str(tiny_model), "again"],
+        cwd=tmp_path,
+        env={**os.environ, **varied, **path},
+        check=True,
+        capture_output=True,
+    ).stdout
+    assert {p.name for p in (tmp_path / "again").iterdir()} == {p.name for p in tiny_bundle.iterdir()}
+    for file in tiny_bundle.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert json.loads(said) == dict.fromkeys(("read", "quantise", "export", "gates", "sign"), 1.0)
+
+
+def test_the_digest_of_a_manifest_is_that_of_its_file(tiny_bundle: Path, manifest: Manifest) -> None:
+    assert bundle_digest(manifest) == hashlib.sha256((tiny_bundle / MANIFEST).read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("change", [b'"layers": 2', b'"pad_id": 0', b'"r": 8'])
@@ -236,7 +258,7 @@ def test_a_failed_gate_leaves_nothing(
 ) -> None:
     looping = helper.make_graph([helper.make_node("Loop", ["n", "go"], ["x"])], "loop", [], [])
     monkeypatch.setattr(bundling, "training_graphs", lambda *_: {"loop.onnx": helper.make_model(looping)})
-    monkeypatch.setattr(bundling, "inference_graph", lambda *_: onnx.ModelProto())
+    monkeypatch.setattr(bundling, "inference_graph", lambda *_, **__: onnx.ModelProto())
     with pytest.raises(GateError, match=r"operators that devices refuse.*Loop"):
         quantize(str(tiny_model), tmp_path / "out", tiny.PUBLISHER, lora=tiny.LORA)
     assert list(tmp_path.iterdir()) == []
