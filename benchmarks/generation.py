@@ -3,7 +3,9 @@
 SmolLM2-135M in our own 4-bit weights with an adapter bound, and the same model from onnxruntime-genai's model builder
 at its default int4, installed into an environment of its own. Both run in child processes of one thread that take
 turns, a few tokens each, so that what else the machine does meets both; a ratio is the median over the turns. Memory
-is that of the child after it has written: `VmHWM`, and `RssAnon`.
+is that of the child after it has written: `VmHWM`, and `RssAnon`. The first run of each is not counted: among other
+things our generator asks the kernel for large pages under the weights while it writes a long text
+(`edge_agent.generator.pages`), which the peer leaves as the machine gives them.
 """
 
 from __future__ import annotations
