@@ -1,17 +1,21 @@
 """What every test may ask for: `playbook` and `tiny` are importable; one tiny model and its bundle per test run.
 
-Exporting takes some 20 seconds, so all workers of pytest-xdist share the first one's result. Treat both folders as
-read-only; copy them before changing a byte.
+An export takes some 10 seconds, so all workers of pytest-xdist share the first one's result, and what reads the same
+bundle runs on the same worker, lest one waits while the other exports. Treat all folders as read-only; copy them
+before changing a byte.
 """
 
 from __future__ import annotations
 
 import fcntl
+import gc
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import families
 import pytest
 import tiny
 from hypothesis import settings
@@ -21,8 +25,45 @@ settings.register_profile("explore", settings.get_profile("default"))
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
-# torch's tracer writes a record for every step; pytest would keep them all, at three times the run time.
-logging.getLogger("torch.__trace").propagate = False
+# torch's tracer writes a record for every step, and only if somebody listens. pytest listens to every logger.
+logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Marks that are pytest-xdist's, for runs without it."""
+    config.addinivalue_line("markers", "xdist_group(name): tests of one name run on one worker")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one shared bundle are one group of pytest-xdist."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and (group := _bundle_of(item)):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _bundle_of(item: pytest.Item) -> str | None:
+    fixtures = getattr(item, "fixturenames", ())
+    if "smollm2_bundle" in fixtures:
+        return "smollm2"
+    if "classifier_folder" in fixtures:
+        return "classifiers"
+    if "audio_folder" in fixtures:
+        return "audio"
+    call = getattr(item, "callspec", None)
+    if "family_folder" in fixtures and call is not None:
+        named = [
+            value for value in call.params.values() if isinstance(value, str) and value in families.FAMILIES
+        ]
+        return f"family {named[0]}" if named else None
+    return None
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: Python's collector need not walk torch whenever a test makes objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -63,11 +104,46 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
     return _once(tmp_path_factory, "tiny-bundle", make)
 
 
+_TRACES: dict[tuple[str, ...], Any] = {}
+
+
+@pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose graphs were traced in this process is not traced again: for tests of what happens to the graphs.
+
+    A trace depends on the model's configuration and the adapter's shape alone, neither on weights nor on their format.
+    """
+    import onnx
+
+    from quantize import decode, training
+    from quantize.blocks import FrozenLinear
+
+    def kept(name: str, trace: Callable[..., onnx.ModelProto]) -> Callable[..., onnx.ModelProto]:
+        def of(part: Any, *more: Any) -> onnx.ModelProto:
+            block = more[0] if name == "export_block" else None
+            adapters = (
+                [(p, m.lora) for p, m in block.named_modules() if type(m) is FrozenLinear] if block else []
+            )
+            config = getattr(part, "model", None) and part.model.config.to_json_string()
+            key = (name, str(config or part), str(adapters))
+            found = _TRACES.get(key)
+            if found is None:
+                found = _TRACES[key] = trace(part, *more)
+            copy = onnx.ModelProto()
+            copy.CopyFrom(found)
+            return copy
+
+        return of
+
+    places = {training: ("export_block", "export_norm", "export_prologue"), decode: ("export_start",)}
+    for module, names in places.items():
+        for name in names:
+            monkeypatch.setattr(module, name, kept(name, getattr(module, name)))
+
+
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """(name in `families.FAMILIES`) -> a folder with that family's `model` and its `bundle`. Read-only."""
-    import families
-
     from fedge.lora import LoraConfig
     from quantize.bundle import quantize
 

@@ -104,6 +104,8 @@ def test_what_cannot_be_decoded_is_refused_with_its_reason(
         check_arguments(odd)  # type: ignore[arg-type]
 
 
+@pytest.mark.xdist_group("formats of the tiny model")
+@pytest.mark.usefixtures("traced_once")
 def test_where_eight_bits_do_not_hold_the_activations_only_the_head_rounds_them(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,8 @@ from quantize.choice import Choice
 from quantize.formats import FORMATS
 
 
+@pytest.mark.xdist_group("formats of the tiny model")
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("name", ["int4gz", "int8d", "int8c", "nf4"])  # int4d and int8g are everywhere else
 def test_a_format_passes_the_gates_and_is_read_by_a_device(
     name: str, tiny_model: Path, tmp_path: Path

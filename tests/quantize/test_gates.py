@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, open_manifest
+from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, Manifest, open_manifest
 from quantize.fit import FITTED, fit
 from quantize.formats import FORMATS
 from quantize.gates import Draft, Exam, GateError
@@ -26,15 +27,22 @@ def examined(
 ) -> dict[str, float]:
     """All gates on a copy of a bundle after a change to its files."""
     folder = shutil.copytree(bundle, copy)
-    manifest = open_manifest((folder / MANIFEST).read_bytes(), (folder / SIGNATURE).read_bytes())
-    source, fmt = load(str(model)), FORMATS[manifest.weights_format]
-    exam = Exam.of(source, exact=not refit, fmt=fmt, lora=manifest.lora)
-    quantise(source, fmt, _silent, fit(source, fmt, _silent) if fmt.name in FITTED else None)
+    manifest, exam = exam_of(bundle, model, refit)
     change(folder)
     path = folder / "infer.onnx"
     infer = onnx.load(str(path), load_external_data=False) if path.exists() else None
     draft = Draft(folder, manifest.tensors, frozenset(manifest.operators), infer, manifest.head_rows)
     return exam.run(draft, _silent)
+
+
+@cache
+def exam_of(bundle: Path, model: Path, refit: bool) -> tuple[Manifest, Exam]:
+    """The exam of a bundle once its source is quantised; sitting it changes nothing of it."""
+    manifest = open_manifest((bundle / MANIFEST).read_bytes(), (bundle / SIGNATURE).read_bytes())
+    source, fmt = load(str(model)), FORMATS[manifest.weights_format]
+    exam = Exam.of(source, exact=not refit, fmt=fmt, lora=manifest.lora)
+    quantise(source, fmt, _silent, fit(source, fmt, _silent) if fmt.name in FITTED else None)
+    return manifest, exam
 
 
 def _silent(phase: str, fraction: float) -> None:

@@ -22,6 +22,7 @@ from quantize.pieces import block_in_pieces
 from quantize.variants import KEEP, block_variants
 
 LENGTH = 21
+pytestmark = pytest.mark.xdist_group("graph order")  # they share two traces
 
 
 @pytest.fixture(scope="module")

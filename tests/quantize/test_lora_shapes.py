@@ -39,6 +39,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return home / "b"
 
 
+@pytest.mark.xdist_group("lora shapes")
 def test_ranks_scales_and_targets_by_pattern_train_as_in_peft(
     bundle: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -65,6 +66,7 @@ def test_ranks_scales_and_targets_by_pattern_train_as_in_peft(
         assert error < 1e-3, name
 
 
+@pytest.mark.xdist_group("lora shapes")
 def test_the_commands_carry_every_shape(bundle: Path, tmp_path: Path, tiny_model: Path) -> None:
     lines = [{"prompt": "how are you", "completion": "i am fine and you"}] * 10
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
