@@ -24,6 +24,8 @@ a first device:
 The data file never leaves this device. JSON Lines, a table, plain text; look at it first: fedge agent data FILE
   {"prompt": "how was it?", "completion": "so good"}
   {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+or, for a bundle that hears, a folder of WAV files with a folder for each class, or a list:
+  {"audio": "clips/1.wav", "label": "yes"}
 
 What a hub may ask of this device is bounded by policy.toml in its home; the defaults are explained there.
 """
@@ -112,7 +114,11 @@ def _add_train_once(words: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     once.add_argument("bundle_folder", nargs="?", type=Path, metavar="BUNDLE", help="from `fedge quantize`")
     once.add_argument(
-        "data_file", nargs="?", type=Path, metavar="DATA", help="private examples: JSON Lines, a table, text"
+        "data_file",
+        nargs="?",
+        type=Path,
+        metavar="DATA",
+        help="private examples: JSON Lines, a table, text, recordings",
     )
     once.add_argument("--bundle", type=Path, metavar="DIR", help="the same as BUNDLE")
     once.add_argument("--data", type=Path, metavar="FILE", help="the same as DATA")

@@ -20,11 +20,11 @@ from edge_agent.resources import threads_allowed
 from edge_agent.trial import OnProgress
 from fedge.errors import DataError, UnsupportedError
 from fedge.io import durable
-from fedge.lora import LoraConfig
 from fedge.messages import Training
 from fedge.release import Manifest
 
 if TYPE_CHECKING:
+    from fedge.io.adapter_file import Adapter
     from fedge.lora import Floats
 
 
@@ -69,18 +69,16 @@ def personalise_once(
     """
     import numpy as np
 
-    from edge_agent.personal import HELD_OUT_ROWS, RATE, STEPS
-    from fedge.io.adapter_file import read_adapter
+    from edge_agent.personal import RATE, STEPS
     from fedge.rules import rule_of
 
     manifest = trial.open_bundle_manifest(bundle)
     trial.check_target(out)
-    adapter = read_adapter(start, manifest)
-    _check_config(start, adapter.header.lora, manifest)
+    adapter = _fleets_adapter(start, manifest)
     rule = rule_of("fedit", manifest.layout, bytes(16))
     folder = Path(tempfile.mkdtemp(prefix="fedge-personal-"))  # 0700
     try:
-        _write_halves(folder, data, reading, HELD_OUT_ROWS)
+        recordings = _write_halves(folder, data, reading or Reading())
         state = rule.from_factors(adapter.tensors)
         durable.write_bytes(folder / "start.f32", state.astype("<f4").tobytes(), secret=True)
         job = jobs.Personalise(
@@ -92,7 +90,7 @@ def personalise_once(
             steps=steps or STEPS,
             training=msgspec.structs.replace(training or Training(), rule="fedit", rate=RATE),
             threads=threads_allowed(threads),
-            reading=Reading(folder=str((reading or Reading()).root(data).resolve())),
+            reading=recordings,
             data_seed=seed,
         )
         reply = trial.one_job(job, "own steps", progress)
@@ -112,9 +110,14 @@ def personalise_once(
     )
 
 
-def _check_config(start: Path, config: LoraConfig, manifest: Manifest) -> None:
+def _fleets_adapter(start: Path, manifest: Manifest) -> Adapter:
+    from fedge.io.adapter_file import read_adapter
+
+    adapter = read_adapter(start, manifest)
+    config = adapter.header.lora
     if config != manifest.lora:
         raise UnsupportedError(f"{start} has another config than the bundle", field="lora", value=config)
+    return adapter
 
 
 def _keep(out: Path, manifest: Manifest, tensors: Mapping[str, Floats], steps: int) -> None:
@@ -127,8 +130,13 @@ def _keep(out: Path, manifest: Manifest, tensors: Mapping[str, Floats], steps: i
     write_adapter(out, adapter_of(manifest, vector, a=a, rule="", steps=steps))
 
 
-def _write_halves(folder: Path, data: Path, reading: Reading | None, held_out_rows: int) -> None:
-    """`train.jsonl` and `held_out.jsonl`. Raises DataError when one of them would be empty."""
+def _write_halves(folder: Path, data: Path, reading: Reading) -> Reading:
+    """`train.jsonl` and `held_out.jsonl`, and where the recordings are that they name.
+
+    Raises DataError when one of them would be empty.
+    """
+    from edge_agent.personal import HELD_OUT_ROWS
+
     train, held_out = trial.split(read_records(data, reading))
     if not train or not held_out:
         raise DataError(
@@ -138,4 +146,5 @@ def _write_halves(folder: Path, data: Path, reading: Reading | None, held_out_ro
             hint="give at least five conversations",
         )
     trial.write_records(folder / "train.jsonl", train)
-    trial.write_records(folder / "held_out.jsonl", held_out, held_out_rows)
+    trial.write_records(folder / "held_out.jsonl", held_out, HELD_OUT_ROWS)
+    return Reading(folder=str(reading.root(data).resolve()))
