@@ -25,6 +25,9 @@ settings.register_profile("explore", settings.get_profile("default"))
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
+# One worker a core, and tiny models: threads of torch would wait for each other, and use the cores up by waiting.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # torch's tracer writes a record for every step, and only if somebody listens. pytest listens to every logger.
 logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]
 

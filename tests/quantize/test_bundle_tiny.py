@@ -175,12 +175,13 @@ def test_the_manifest_names_every_file_and_operator(tiny_bundle: Path, manifest:
 
 # What `conftest.tiny_bundle` does, in a process of its own that says how far each phase came.
 _AGAIN = """
-import json, sys
+import json, pathlib, sys
 import tiny
 from quantize.bundle import quantize
 model, out, phases = *sys.argv[1:], {}
 quantize(
-    model, out, tiny.PUBLISHER, lora=tiny.LORA, name="tiny", weights_format="int4d", head_rows=tiny.HEAD_ROWS,
+    model, pathlib.Path(out), tiny.PUBLISHER,
+    lora=tiny.LORA, name="tiny", weights_format="int4d", head_rows=tiny.HEAD_ROWS,
     progress=lambda phase, fraction: phases.update({phase: fraction}),
 )
 print(json.dumps(phases))
@@ -192,7 +193,12 @@ def test_another_process_makes_the_same_bundle_of_the_same_model(
 ) -> None:
     """Byte for byte, whatever the seed of hashes, the folder, the clock and the number of threads are."""
     threads = 2 if torch.get_num_threads() == 1 else 1
-    varied = {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": str(threads), "TZ": "UTC7"}
+    varied = {
+        "PYTHONHASHSEED": "7",
+        "OMP_NUM_THREADS": str(threads),
+        "TZ": "UTC7",
+        "OMP_WAIT_POLICY": "passive",
+    }
     path = {"PYTHONPATH": os.pathsep.join(sys.path)}
     said = subprocess.run(
         [sys.executable, "-c", _AGAIN, str(tiny_model), "again"],
