@@ -7,7 +7,8 @@ is measured, and the report says so. The model is the registered `all-minilm-l6-
 encoder. Of each of 150 intents 20 utterances are drawn to train on and 10 of the test part to be measured on, anew for
 each of the draws; the spread is over the draws. Ours and torch's are fresh processes on one thread that see the same
 rows in the same order, with the same rates. First the head trains alone, then head and LoRA (r=8 on query and value)
-from a head that is a few epochs old: one that knows its rows by heart leaves LoRA nothing to learn from.
+from a head that is a few epochs old: one that knows its rows by heart leaves LoRA nothing to learn from. Both sides
+train A and B; `--rule ffa` trains B alone on ours.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     warm_epochs: int
     lora_epochs: int  # 0 = the head alone
     lora_rate: float
+    rule: str = "fedit"
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +83,7 @@ def main() -> int:
     flags.add_argument("--warm-epochs", type=int, default=3, help="of the head alone, before LoRA joins it")
     flags.add_argument("--lora-epochs", type=int, default=4)
     flags.add_argument("--lora-rate", type=float, default=2e-3)
+    flags.add_argument("--rule", default="fedit", choices=("fedit", "ffa"), help="A and B train, or B alone")
     flags.add_argument("--child", nargs=2, metavar=("SIDE", "SPEC"), help="used by the benchmark itself")
     arguments = flags.parse_args()
     if arguments.child:
@@ -171,6 +174,7 @@ def _spec(source: str, rows: str, arguments: Any, *, lora: bool) -> Spec:
         warm_epochs=arguments.warm_epochs,
         lora_epochs=lora * (1 if arguments.quick else arguments.lora_epochs),
         lora_rate=arguments.lora_rate,
+        rule=arguments.rule,
     )
 
 
@@ -248,25 +252,30 @@ def _peak() -> int:
 
 def _ours(spec: Spec) -> Found:
     from edge_agent.bundle import open_bundle
-    from edge_agent.trainer import HEAD_ONLY, Recipe, Schedule, Trainer, train_round
+    from edge_agent.trainer import HEAD_ONLY, Recipe, Schedule, Trainer
+    from edge_agent.trainer.rules import train_by_rule
+    from fedge.messages import Training
+    from fedge.rules import rule_of
 
     bundle = open_bundle(Path(spec.source))
     order = _Order(msgspec.json.decode(Path(spec.rows).read_bytes(), type=Utterances), bundle.manifest.pad_id)
     trainer = Trainer(bundle, a_seed=_SEED)
+    rule = rule_of(spec.rule, trainer.layout, _SEED)
 
     def train(start: Any, epochs: int, rate: float, seed: int, depth: int = 0) -> Any:
         recipe = Recipe(schedule=Schedule(rate, "cosine", steps=order.steps(epochs)))
-        return start + train_round(
-            trainer, start, order.batches(epochs, seed), a_seed=_SEED, lr=rate, weight_decay=DECAY,
-            depth=depth, recipe=recipe,
-        ).delta  # fmt: skip
+        training = Training(rate=rate, weight_decay=DECAY, a_seed=_SEED, rule=spec.rule)
+        outcome = train_by_rule(
+            trainer, start, order.batches(epochs, seed), training, depth=depth, recipe=recipe
+        )
+        return rule.apply(rule.part(1, probing=False), start, outcome.delta, 1.0)
 
-    def accuracy(vector: Any) -> float:
-        adapter = trainer.layout.split(vector)
+    def accuracy(state: Any) -> float:
+        adapter = rule.held(state)
         right = [trainer.answers(batch, adapter).right for batch in order.test()]
         return float(np.concatenate(right).mean())
 
-    zero, at = np.zeros(trainer.layout.numbers, np.float32), process_time()
+    zero, at = rule.initial(), process_time()
     head = train(zero, spec.head_epochs, spec.head_rate, 0, HEAD_ONLY)
     seconds = process_time() - at
     found = Found(head=accuracy(head), head_seconds=seconds, head_peak=_peak())
