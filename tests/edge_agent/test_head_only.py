@@ -132,8 +132,9 @@ def test_a_round_that_was_cut_off_ends_with_the_same_bits(bundle: Bundle, traine
         states.append(TrainState(b"", state.progress, state.vector.copy(), moments))
 
     def end(of: Trainer, batches: list[Batch], resume: TrainState | None = None) -> np.ndarray:
-        how = {"a_seed": SEED, "lr": 0.02, "depth": HEAD_ONLY}
-        return train_round(of, start, batches, resume=resume, keep=keep, **how).delta
+        return train_round(
+            of, start, batches, a_seed=SEED, lr=0.02, depth=HEAD_ONLY, resume=resume, keep=keep
+        ).delta
 
     whole = end(trainer, cut)
     assert np.array_equal(end(Trainer(bundle, a_seed=SEED), cut[2:], states[1]), whole)
@@ -182,12 +183,15 @@ def write_rows(path: Path) -> Path:
 def test_a_device_alone_trains_the_head_and_then_all_of_it(bundle: Bundle, tmp_path: Path) -> None:
     data, head, whole = write_rows(tmp_path / "rows.jsonl"), tmp_path / "head.fedge", tmp_path / "whole.fedge"
     training = Training(a_seed=SEED, batch_rows=8, window_tokens=32, rate=0.02)
-    how = {"training": training, "threads": 1}
-    first = train_once(bundle.folder, data, steps=40, adapter_out=head, head_only=True, **how)
+    first = train_once(
+        bundle.folder, data, steps=40, adapter_out=head, head_only=True, training=training, threads=1
+    )
     assert first.loss_after < 0.7 * first.loss_before
     moved = read_adapter(head, bundle.manifest).tensors
     assert all(value.any() == name.startswith(DENSE) for name, value in moved.items() if name[-2:] != ".A")
-    second = train_once(bundle.folder, data, steps=3, adapter_out=whole, start=head, **how)
+    second = train_once(
+        bundle.folder, data, steps=3, adapter_out=whole, start=head, training=training, threads=1
+    )
     assert second.loss_before == pytest.approx(first.loss_after, rel=1e-4)
     assert any(v.any() for n, v in read_adapter(whole, bundle.manifest).tensors.items() if n.endswith(".B"))
 
