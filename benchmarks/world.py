@@ -32,9 +32,8 @@ PFL: Final = "pfl==0.6.0"
 PFL_CLIENTS, PFL_ROUNDS, PFL_NUMBERS = 1_000, 20, 1_024
 DAYS: Final = ((1_000, 3.0), (10_000, 45.0), (100_000, 900.0))  # devices, goal in CPU seconds
 DEVICE_BYTES_GOAL: Final = 4_096
-REST_SECONDS: Final = (
-    7_200.0  # of a bloc between two rounds: with check-ins and life, about 30 events an hour
-)
+# Of a bloc between two rounds: with check-ins and life, about 30 events an hour.
+REST_SECONDS: Final = 7_200.0
 TURN_DEVICES, TURN_HOURS = 1_000, 0.5
 SWEEP_SEEDS, SWEEP_DEVICES, SWEEP_HOURS = 200, 200, 6.0
 

@@ -38,10 +38,10 @@ from fedge.secagg.agreement import AGREEMENT, Agreement
 
 RECEIPT_SECONDS: Final = 6.0  # about three round trips of a poor link; then the report is offered again,
 RECEIPT_DOUBLINGS: Final = 4  # each time after twice as long: a slow line is still sending
-RESULT_SECONDS: Final = (
-    30.0  # asks again for the outcome of an accepted report; each time after twice as long,
-)
-RESULT_DOUBLINGS: Final = 4  # so often: the RESULT is pushed, and a slow member may take the whole window
+# It asks again for the outcome of an accepted report, each time after twice as long, so often: the RESULT is pushed,
+# and a slow member may take the whole window.
+RESULT_SECONDS: Final = 30.0
+RESULT_DOUBLINGS: Final = 4
 FETCH_SECONDS: Final = 30.0
 SILENCES_TOLD: Final = 5  # after so many unanswered offers the owner hears what is probably wrong
 
@@ -54,9 +54,8 @@ class Phase(Enum):
     OFFERED = "offered"
     LOADING = "loading"
     TRAINING = "training"
-    INTERRUPTED = (
-        "interrupted"  # the owner's policy or the board stopped the work; it goes on inside the window
-    )
+    # The owner's policy or the board stopped the work; it goes on inside the window.
+    INTERRUPTED = "interrupted"
     SEALING = "sealing"
     SENDING = "sending"
     AWAITING = "awaiting"

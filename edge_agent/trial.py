@@ -57,9 +57,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     left_out_rows: int  # of the training file: too long for the window, or empty
     threads: int
     adapter: str = ""  # the file that was written
-    accuracy_before: float | None = (
-        None  # of a classifier: share of held-out rows whose class is its first choice
-    )
+    # Of a classifier: share of held-out rows whose class is its first choice.
+    accuracy_before: float | None = None
     accuracy_after: float | None = None
 
 

@@ -13,9 +13,8 @@ from typing import Final
 
 from fedge.errors import UsageError
 
-PARAMETERS_OF_THE_SPEED: Final = (
-    134_515_008  # of the model that `tokens_per_second` is about, embedding included
-)
+# Of the model that `tokens_per_second` is about, embedding included.
+PARAMETERS_OF_THE_SPEED: Final = 134_515_008
 SYSTEM_BYTES: Final = 250_000_000  # what an idle system without a desktop keeps for itself
 
 

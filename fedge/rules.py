@@ -36,9 +36,8 @@ Floats = NDArray[np.float32]
 Tensors = Mapping[str, Floats]
 Shapes = dict[str, tuple[int, ...]]
 RATES: Final = {"ffa": 0.016, "fedit": 0.008, "alternating": 0.008, "core": 0.016, "sketch": 0.008}
-_OVERSAMPLED: Final = (
-    4  # columns of a sketch beyond the rank; the second sketch is twice as wide (Tropp, 4.6)
-)
+# Columns of a sketch beyond the rank; the second sketch is twice as wide (Tropp, 4.6).
+_OVERSAMPLED: Final = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,9 +35,8 @@ class CampaignRow(msgspec.Struct, frozen=True, kw_only=True):
     adapter: BlobRef
     adapter_version: int = 0
     sequence: int = 0
-    spread: float = (
-        0.0  # largest of late of an opened sum, per number: tunes the next step; below 0: one has wrapped
-    )
+    # Largest of late of an opened sum, per number: tunes the next step; below 0: one has wrapped.
+    spread: float = 0.0
     mean_norm: float = 0.0  # the largest of late of an opened sum's members: tunes the next clip
     closed: bool = False
     layers: int = 0  # of the model; 0 = not known, then every member adapts all of them
@@ -58,9 +57,8 @@ class CampaignRow(msgspec.Struct, frozen=True, kw_only=True):
     normalise_steps: bool = False  # FedNova-style, from summed step counts only
     seconds_max: float = 0.0  # closes after this long, whatever is missing; 0 = when all rounds are done
     # ---- where it is
-    beacon_secret: bytes = (
-        b""  # the end of its hash chain is announced; it never leaves the hub before its turn
-    )
+    # The end of its hash chain is announced; it never leaves the hub before its turn.
+    beacon_secret: bytes = b""
     formations: int = 0
     formed_at: float = 0.0  # the first formation, Unix seconds; 0 = not yet
     started_at: float = 0.0

@@ -19,9 +19,8 @@ from fedge.chat import Said
 from fedge.errors import DataError
 
 TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_DATE: Final = (
-    "26 Jul 2024"  # for templates that cannot do without today's: a bundle is the same whenever it is made
-)
+# For templates that cannot do without today's: a bundle is the same whenever it is made.
+_DATE: Final = "26 Jul 2024"
 
 
 class TemplateRefused(Exception):

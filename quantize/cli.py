@@ -54,6 +54,7 @@ _GATES: Final = {
     "kl": "KL(source || quantised), nats a token",
     "decode_error": "decoding against training, nats a token",
     "decode_change": "what 8-bit activations in the head cost, nats a token",
+    "head_error": "a classifier's head in two graphs against the head in one, relative",
     "logits_error": "logits against torch, relative",
     "logits_change": "logits of the source against the quantised weights, relative",
     "aux_error": "masks and positions against torch",
@@ -126,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("memory must be positive", field="memory", value=arguments.memory)
     lora, classes = lora_of(arguments), classes_of(arguments.classes, arguments.classes_from)
     if arguments.dry_run:
-        return _dry_run(arguments, lora)
+        return _dry_run(arguments, lora, classes)
     if arguments.out is None:
         raise UsageError("--out DIR is missing", hint="Or --dry-run, to see what would come of it")
     if arguments.out.exists():  # before a key is made
@@ -159,12 +160,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(arguments: argparse.Namespace, lora: LoraConfig) -> int:
+def _dry_run(arguments: argparse.Namespace, lora: LoraConfig, classes: tuple[str, ...]) -> int:
     import dataclasses
 
     from quantize.dry_run import forecast
 
-    found = dataclasses.asdict(forecast(arguments.model, lora, arguments.format))
+    found = dataclasses.asdict(forecast(arguments.model, lora, arguments.format, classes))
     if arguments.json:
         print(json.dumps(found))
         return 0

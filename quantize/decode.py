@@ -54,9 +54,8 @@ LEVEL_INT8: Final = 4  # it rounds activations to 8 bits first
 
 _TABLE_BYTES_MAX: Final = 16 * 1024**2  # of rotary tables of all positions
 _TABLE: Final = "EMB"
-_HEAD: Final = (
-    "HEAD"  # the output matrix; when tied, the embedding once more as MatMulNBits declares its shape
-)
+# The output matrix; when tied, the embedding once more as MatMulNBits declares its shape.
+_HEAD: Final = "HEAD"
 
 
 def inference_graph(

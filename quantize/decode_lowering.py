@@ -22,9 +22,8 @@ from quantize.lower import Lowering, Matrix
 from quantize.placeholder import DOMAIN
 from quantize.products import block_sums, bnb_product
 
-JOINED: Final = (
-    "Joined"  # y = x [w1; w2; ..]^T + a1 + a2 ..: inputs x, `matrices` weights, addends; x [B, S, K]
-)
+# y = x [w1; w2; ..]^T + a1 + a2 ..: inputs x, `matrices` weights, addends; x [B, S, K]
+JOINED: Final = "Joined"
 MATRICES: Final = "matrices"
 _NATIVE: Final = "MatMulNBits"
 

@@ -26,9 +26,8 @@ from quantize.tracing import tracing
 
 MASK: Final = "mask"
 ROTARY: Final = ("cos", "sin")
-_COMPARED_POSITIONS_MAX: Final = (
-    4_608  # a mask of so many squared is 85 MB; beyond, a window is taken on trust
-)
+# A mask of so many squared is 85 MB; beyond, a window is taken on trust.
+_COMPARED_POSITIONS_MAX: Final = 4_608
 _BEYOND: Final = 9  # positions past a window that are compared
 _ROWS: Final = 17  # of the traced embedding
 

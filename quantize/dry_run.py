@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedge.errors import DataError, FedgeError, UnsupportedError
 from fedge.io.model_source import resolve_model
-from fedge.lora import LoraConfig
+from fedge.lora import DENSE, LoraConfig
 from fedge.release import (
     FORMAT,
     MANIFEST,
@@ -40,8 +40,10 @@ from fedge.release import (
 )
 from quantize.audio import is_audio
 from quantize.blocks import adapted_modules, graph_config, linears_of, matrix_of
+from quantize.encoders import outline_classifier, with_targets
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat
-from quantize.supported import check_config
+from quantize.source import no_classes
+from quantize.supported import check_config, kind_of
 from quantize.watching import layers_of, layers_path_of
 
 # GGUF types whose grid a format of ours holds, smallest format first; a K-quant is refitted.
@@ -76,7 +78,8 @@ class Outline:
     architecture: str
     name: str
     tokenizer_bytes: int
-    grids: frozenset[str]  # types of the matrices in a GGUF; empty for a folder
+    grids: frozenset[str] = frozenset()  # types of the matrices in a GGUF; empty for a folder
+    classes: tuple[str, ...] = ()  # of a classifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +99,11 @@ class Forecast:
     boards: list[dict[str, Any]]
 
 
-def forecast(source: str, lora: LoraConfig, requested: str | None) -> Forecast:
+def forecast(source: str, lora: LoraConfig, requested: str | None, classes: Sequence[str] = ()) -> Forecast:
     """Raises the refusals that quantising itself would raise for this configuration, before any weight is read."""
-    outline = outline_of(source)
+    outline = outline_of(source, classes)
+    if outline.classes:
+        lora = with_targets(outline.model, lora)
     fmt, exact, reason = _format(outline, requested)
     manifest = draft(outline, lora, fmt)
     plan = _plan(manifest)
@@ -124,8 +129,11 @@ def forecast(source: str, lora: LoraConfig, requested: str | None) -> Forecast:
     )
 
 
-def outline_of(source: str) -> Outline:
-    """The outline of a model folder or a GGUF. Raises what loading it would; UnsupportedError for a hub id."""
+def outline_of(source: str, classes: Sequence[str] = ()) -> Outline:
+    """The outline of a model folder or a GGUF; `classes` are names for what a classifier tells apart.
+
+    Raises what loading it would; UnsupportedError for a hub id.
+    """
     place = resolve_model(source)
     if place.path is None:
         raise UnsupportedError(
@@ -134,10 +142,14 @@ def outline_of(source: str) -> Outline:
             value=place.hub_id,
             hint="Download the model first",
         )
-    return _of_gguf(place.path) if place.kind == "gguf" else _of_folder(place.path)
+    if place.kind != "gguf":
+        return _of_folder(place.path, classes)
+    if classes:
+        raise no_classes(place.path.name)
+    return _of_gguf(place.path)
 
 
-def _of_folder(folder: Path) -> Outline:
+def _of_folder(folder: Path, classes: Sequence[str]) -> Outline:
     from transformers import AutoConfig
 
     try:
@@ -155,7 +167,13 @@ def _of_folder(folder: Path) -> Outline:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     vocabulary = folder / "tokenizer.json"
     size = vocabulary.stat().st_size if vocabulary.is_file() else 0
-    return Outline(_skeleton(config), architecture, folder.resolve().name, size, frozenset())
+    name = folder.resolve().name
+    if kind_of(architecture) != "generate":
+        opened = outline_classifier(config, architecture, classes)
+        return Outline(opened.model, architecture, name, size, classes=opened.classes)
+    if classes:
+        raise no_classes(architecture)
+    return Outline(_skeleton(config), architecture, name, size)
 
 
 def _of_gguf(path: Path) -> Outline:
@@ -215,7 +233,8 @@ def draft(outline: Outline, lora: LoraConfig, fmt: WeightFormat) -> Manifest:
     model, config = outline.model, outline.model.config
     path, layers = layers_path_of(model), layers_of(model)
     places, size = _laid_out(model, layers, fmt)
-    graphs = dict.fromkeys(_GRAPHS, _GRAPH_BYTES) | {"infer.onnx": _GRAPH_BYTES_LAYER * len(layers)}
+    graphs = dict.fromkeys(_GRAPHS, _GRAPH_BYTES)
+    graphs["classify.onnx" if outline.classes else "infer.onnx"] = _GRAPH_BYTES_LAYER * len(layers)
     sizes = {WEIGHTS: size, TOKENIZER: outline.tokenizer_bytes, **graphs}
     heads = int(getattr(config, "num_attention_heads", 1))
     hidden = model.get_input_embeddings().weight.shape[1]
@@ -240,7 +259,7 @@ def draft(outline: Outline, lora: LoraConfig, fmt: WeightFormat) -> Manifest:
         lora=lora,
         lora_shapes=adapted_modules(model, graph_config(model, lora)),
         aux=(),
-        head_rows=4096,
+        head_rows=0 if outline.classes else 4096,
         operators=(),
         runtime_min="0",
         tensors=places,
@@ -248,6 +267,11 @@ def draft(outline: Outline, lora: LoraConfig, fmt: WeightFormat) -> Manifest:
         gates={},
         publisher="",
         layer_path=path,
+        task="classify" if outline.classes else "generate",
+        classes=outline.classes,
+        dense={
+            name.removeprefix(DENSE): place.shape for name, place in places.items() if name.startswith(DENSE)
+        },
     )
 
 
@@ -275,12 +299,25 @@ def _tensors(model: Any, layers: list[Any], fmt: WeightFormat) -> Iterator[tuple
                 yield from _matrix(f"L{index}/{module}.w", matrix_of(matrices[module]).shape, fmt)
             else:
                 yield f"L{index}/{name}", tuple(parameter.shape), "float32"
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    table, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    head = table if output is None else output.weight
     for name, matrix in (("EMB", table), *([] if head is table else [("HEAD", head)])):
         yield from _matrix(name, matrix.shape, FORMATS[EMBEDDING_FORMAT])
+    trained = _head_of(model, layers) if output is None else []
     for name, parameter in model.named_parameters():
-        if not any(parameter is other for other in (*inside, table, head)):
+        if name not in trained and not any(parameter is other for other in (*inside, table, head)):
             yield name, tuple(parameter.shape), "float32"
+    for name in trained:
+        yield DENSE + name, tuple(model.get_parameter(name).shape), "float32"
+
+
+def _head_of(model: Any, layers: list[Any]) -> list[str]:
+    """A classifier's parameters that are trained in full: what comes after the last layer and is no norm."""
+    norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
+    named = list(model.named_parameters())
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    last = max(index for index, (_, parameter) in enumerate(named) if id(parameter) in inside)
+    return sorted(name for name, _ in named[last + 1 :] if name.rpartition(".")[0] not in norms)
 
 
 def _matrix(name: str, shape: Any, fmt: WeightFormat) -> Iterator[tuple[str, tuple[int, ...], str]]:

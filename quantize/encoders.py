@@ -90,18 +90,35 @@ def open_classifier(folder: Path, architecture: str, classes: Sequence[str]) -> 
     Raises UsageError when names are needed or do not fit, UnsupportedError for a head that does something else,
     DataError when the folder cannot be loaded.
     """
-    check_names(classes)
     if kind_of(architecture) == "encode":
-        if not classes:
-            raise UsageError(
-                "this model has no head: name the classes that it shall tell apart",
-                field="classes",
-                value=architecture,
-                hint="--classes yes,no or --classes-from FILE, one a line",
-            )
+        check_fresh(architecture, classes)
         return Classifier(MeanPooled.from_folder(folder, len(classes)), tuple(classes))
+    check_names(classes)
     model = read_checkpoint(AutoModelForSequenceClassification, folder)
     return Classifier(model, check_head(model, classes))
+
+
+def outline_classifier(config: Any, architecture: str, classes: Sequence[str]) -> Classifier:
+    """What `open_classifier` would give, with shapes and without values. Raises the same but DataError."""
+    with torch.device("meta"):
+        if kind_of(architecture) == "encode":
+            check_fresh(architecture, classes)
+            return Classifier(MeanPooled(AutoModel.from_config(config), len(classes)), tuple(classes))
+        check_names(classes)
+        model = AutoModelForSequenceClassification.from_config(config)
+        return Classifier(model, check_head(model, classes))
+
+
+def check_fresh(architecture: str, classes: Sequence[str]) -> None:
+    """Raise UsageError unless the user names what a model without a head shall tell apart."""
+    if not classes:
+        raise UsageError(
+            "this model has no head: name the classes that it shall tell apart",
+            field="classes",
+            value=architecture,
+            hint="--classes yes,no or --classes-from FILE, one a line",
+        )
+    check_names(classes)
 
 
 def check_head(model: Any, classes: Sequence[str]) -> tuple[str, ...]:

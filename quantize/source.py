@@ -82,7 +82,7 @@ def load(text: str, classes: Sequence[str] = (), seconds: float = 0) -> Source:
 
         assert place.path is not None
         if classes:
-            raise _no_classes(place.path.name)
+            raise no_classes(place.path.name)
         if seconds:
             raise _no_seconds(place.path.name)
         return load_gguf(place.path, licence=place.licence)
@@ -140,7 +140,7 @@ def _load_folder(
     tokenizers.check_ids(vocabulary, int(config["vocab_size"]))
     if kind_of(architecture) == "generate":
         if classes:
-            raise _no_classes(architecture)
+            raise no_classes(architecture)
         eos, pad = _end_and_pad(config, folder)
         model = read_checkpoint(AutoModelForCausalLM, folder)
     else:
@@ -208,7 +208,8 @@ def _pad_of(config: dict[str, Any]) -> int:
     return pad
 
 
-def _no_classes(what: str) -> UsageError:
+def no_classes(what: str) -> UsageError:
+    """The refusal of names for the outputs of a causal LM."""
     return UsageError(
         "a causal LM tells no classes apart",
         field="classes",

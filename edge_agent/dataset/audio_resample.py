@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-_ZEROS: Final = (
-    32  # crossings of the sinc to either side: the passband ends at 86 % of the lower Nyquist frequency
-)
+# Crossings of the sinc to either side: the passband ends at 86 % of the lower Nyquist frequency.
+_ZEROS: Final = 32
 _CUT: Final = 0.94  # of that frequency, so that the stopband begins at it
 _KAISER_BETA: Final = 8.96  # 90 dB
-WEIGHTS_MAX: Final = (
-    4_000_000  # of all phases, 16 MB; 44.1 kHz takes 28,640, a rate without a divisor 3 millions
-)
+# Of all phases, 16 MB; 44.1 kHz takes 28,640, a rate without a divisor 3 millions.
+WEIGHTS_MAX: Final = 4_000_000
 _PHASES: Final = 256  # made at a time
 _BLOCK: Final = 4_096  # outputs at a time: with 44.1 kHz, 6 MB of gathered samples
 

@@ -68,9 +68,8 @@ class Example(msgspec.Struct, frozen=True):
     prompt: str | list[_Message] | msgspec.UnsetType = _UNSET
     completion: str | list[_Message] | msgspec.UnsetType = _UNSET
     text: str | msgspec.UnsetType = _UNSET
-    audio: object = (
-        _UNSET  # a path where nothing else is there to learn; beside a text it is the owner's business
-    )
+    # A path where nothing else is there to learn; beside a text it is the owner's business.
+    audio: object = _UNSET
     label: str | int | None = None
     system: str | None = None
     conversation: str | int | None = None

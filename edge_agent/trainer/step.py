@@ -30,9 +30,8 @@ from edge_agent.trainer.sessions import Floats, Graph, Tensor
 from fedge.errors import DataError
 
 Ints = NDArray[np.int64]
-_FIRST_PAYS_BELOW: Final = (
-    9  # trained layers: one more session costs 2 MB and saves a tenth of one block's way back
-)
+# Trained layers: one more session costs 2 MB and saves a tenth of one block's way back.
+_FIRST_PAYS_BELOW: Final = 9
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,9 +63,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     faults: dict[
         str, Annotated[int, Meta(ge=1)]
     ] = {}  # firmware_sim.processes.process_faults: name -> how many
-    line: str = (
-        ""  # firmware_sim.processes.shaper.LINES: how every device reaches the broker; empty = directly
-    )
+    # One of firmware_sim.processes.shaper.LINES: how every device reaches the broker; empty = directly.
+    line: str = ""
     memory_mb: Annotated[int, Meta(ge=0)] = 0  # of each agent, by cgroup; 0 = no bound
     cpus: Annotated[float, Meta(ge=0)] = 0.0
 

@@ -24,9 +24,8 @@ from fedge.errors import UnavailableError
 
 STOP_SECONDS: Final = 20.0
 BACKOFF_SECONDS: Final = (0.2, 1.0, 3.0, 10.0)
-RESTARTS_MAX: Final = (
-    20  # of one process, beside those that we killed; more is a fault of ours, not the world's
-)
+# Of one process, beside those that we killed; more is a fault of ours, not the world's.
+RESTARTS_MAX: Final = 20
 _LOG_BYTES: Final = 512  # what a full disk leaves to the log: it lies here for our sake, not the device's
 _PR_SET_PDEATHSIG: Final = 1
 

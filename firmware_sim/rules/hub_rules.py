@@ -30,9 +30,8 @@ from firmware_sim.rules.device_rules import DeviceRules, Fail
 from hub import effects
 from hub.effects import BlocRow, CampaignRow, DeviceRow, RoundRow
 
-LEASE_SECONDS: Final = (
-    600.0  # a round may last this much longer than its window: ticks, and a hub that restarts
-)
+# A round may last this much longer than its window: ticks, and a hub that restarts.
+LEASE_SECONDS: Final = 600.0
 _FOLD_TOLERANCE: Final = 1e-6  # of the largest number: the order of float operations is free, nothing else is
 
 Sent = Callable[[str, bytes], Vector | None]  # what a device was about to mask under a transcript

@@ -18,9 +18,8 @@ from firmware_sim.rules.device_rules import DeviceRules
 from firmware_sim.rules.hub_rules import HubRules, Sent
 
 TRAIL_EVENTS: Final = 50
-LEVERAGE_DEVICES_MAX: Final = (
-    64  # the singular values of more are not worth their time: the partition rule covers them
-)
+# The singular values of more are not worth their time: the partition rule covers them.
+LEVERAGE_DEVICES_MAX: Final = 64
 HUB: Final = "hub"
 
 Clock = Callable[[], tuple[float, int]]  # seconds since the start, number of the event

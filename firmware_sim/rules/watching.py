@@ -19,9 +19,8 @@ from hub import effects as hub_effects
 from hub.hub import Hub
 
 LOOK_SECONDS: Final = 600.0
-STUCK_SECONDS: Final = (
-    2_400.0  # beyond the window: a device asks every eight minutes, and some of that is lost
-)
+# Beyond the window: a device asks every eight minutes, and some of that is lost.
+STUCK_SECONDS: Final = 2_400.0
 SILENT_CHECKINS: Final = 6  # twice what a hub allows: its check-in time may have changed meanwhile
 _DEVICE_EFFECTS: Final = (
     device_effects.Save,

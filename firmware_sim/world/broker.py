@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 Message = tuple[str, bytes]
 
 WILL_SECONDS: Final = 1.5 * KEEPALIVE_SECONDS
-SESSION_MESSAGES_MAX: Final = (
-    100  # that wait for one device; mosquitto drops what comes above its own limit, too
-)
+# That wait for one device; mosquitto drops what comes above its own limit, too.
+SESSION_MESSAGES_MAX: Final = 100
 HUB_MESSAGES_MAX: Final = 20_000
 OVERHEAD_BYTES: Final = 70  # MQTT, TLS and TCP around one message, its topic aside
 _SMALL_BYTES: Final = 2_048  # below this a message takes its latency and no transfer time

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Any, Final
 
-START: Final = (
-    1_800_000_000.0  # Unix time at which every world begins; midnight there, on a clock of time zone 0
-)
+# Unix time at which every world begins; midnight there, on a clock of time zone 0.
+START: Final = 1_800_000_000.0
 _FOLD: Final = 1_024  # events between two folds into the check-sum
 _TRACE: Final = struct.Struct("<dqqq")
 

@@ -15,9 +15,8 @@ import msgspec
 from hub.effects import BlocRow, CampaignRow, DeviceRow, LedgerEntry, RoundRow, Row, Save
 
 SMALL_DEVICES_MAX: Final = 2_000
-_SLOT_BYTES: Final = (
-    1_024  # what an envelope takes in the file is a multiple of this, so that the next one fits
-)
+# What an envelope takes in the file is a multiple of this, so that the next one fits.
+_SLOT_BYTES: Final = 1_024
 
 Key = tuple[str, str]  # campaign, bloc
 

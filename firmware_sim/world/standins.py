@@ -26,9 +26,8 @@ from firmware_sim.world.streams import Stream
 
 HUB: Final = -1
 FLEET: Final = "world"
-REAL_DEVICES_MAX: Final = (
-    24  # up to here `auto` means real: an X25519 exchange costs 50 us, a round of eight 28 pairs
-)
+# Up to here `auto` means real: an X25519 exchange costs 50 us, a round of eight 28 pairs.
+REAL_DEVICES_MAX: Final = 24
 _VALID: Final = (int(START) - 86_400, int(START) + 3_660 * 86_400)
 _REMEMBERED: Final = 1_024  # envelopes in each half of a verifier's memory
 _SPEAKERS: Final = 2_048

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fedge.boards import BOARDS
 from fedge.cli import main
 from fedge.errors import ConfigError, FedgeError, UnsupportedError, UsageError
 from fedge.lora import LoraConfig
-from fedge.release import MANIFEST, WEIGHTS
+from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, open_manifest
 from quantize.dry_run import forecast
 from quantize.lora_flags import add_lora_flags, lora_of
 
@@ -182,3 +183,25 @@ def test_flags_that_cannot_be_are_refused(words: tuple[str, ...]) -> None:
 
 def test_a_wrong_memory_is_refused(tiny_model: Path) -> None:
     assert main(["quantize", str(tiny_model), "--dry-run", "--memory", "0"]) == UsageError.exit_code
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "llama", "bare"])
+def test_a_classifier_is_foretold_with_its_head(
+    classifier_folder: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = classifier_folder(name)
+    bundle = folder / "bundle"
+    made = open_manifest((bundle / MANIFEST).read_bytes(), (bundle / SIGNATURE).read_bytes())
+    names = ("--classes", ",".join(made.classes)) if name == "bare" else ()
+    found = dry(capsys, folder / "model", "--format", made.weights_format, "--lora-rank", made.lora.r, *names)
+    assert found["weights_bytes"] == (folder / "bundle" / WEIGHTS).stat().st_size
+    assert found["adapter"]["numbers"] == made.layout.numbers
+
+
+def test_a_bare_encoder_needs_names_and_a_causal_model_takes_none(
+    classifier_folder: Callable[[str], Path], tiny_model: Path
+) -> None:
+    with pytest.raises(UsageError, match="name the classes"):
+        forecast(str(classifier_folder("bare") / "model"), LoraConfig(), None)
+    with pytest.raises(UsageError, match="tells no classes apart"):
+        forecast(str(tiny_model), LoraConfig(), None, ("yes", "no"))
