@@ -288,6 +288,26 @@ def _ours(spec: Spec) -> Found:
     return msgspec.structs.replace(found, lora=accuracy(both), lora_seconds=seconds, lora_peak=_peak())
 
 
+class _Pooled:
+    """The mean over each text of a batch, computed once: the encoder stands still."""
+
+    def __init__(self, base: Any) -> None:
+        self._base, self._known = base, dict[bytes, Any]()
+
+    def __call__(self, batch: Any) -> Any:
+        import torch
+
+        keys = [i[m > 0].tobytes() for i, m in zip(batch.ids, batch.mask, strict=True)]
+        if not all(key in self._known for key in keys):
+            kept: list[Any] = []
+            hook = self._base.classifier.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+            with torch.no_grad():
+                self._base(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
+            hook.remove()
+            self._known.update(zip(keys, kept[0], strict=True))
+        return torch.stack([self._known[key] for key in keys])
+
+
 def _torch(spec: Spec) -> Found:
     import torch
     from peft import LoraConfig, get_peft_model
@@ -300,19 +320,7 @@ def _torch(spec: Spec) -> Found:
     base = MeanPooled.from_folder(spec.source, given.classes)
     order = _Order(given, int(base.config.pad_token_id or 0))
     start = {name: value.clone() for name, value in base.classifier.state_dict().items()}
-    known: dict[bytes, Any] = {}
-
-    def pooled(batch: Any) -> Any:
-        """The mean over each text, computed once: the encoder stands still."""
-        keys = [i[m > 0].tobytes() for i, m in zip(batch.ids, batch.mask, strict=True)]
-        if not all(key in known for key in keys):
-            kept: list[Any] = []
-            hook = base.classifier.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-            with torch.no_grad():
-                base(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
-            hook.remove()
-            known.update(zip(keys, kept[0], strict=True))
-        return torch.stack([known[key] for key in keys])
+    pooled = _Pooled(base)
 
     def whole(batch: Any) -> Any:
         return model(
