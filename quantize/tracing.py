@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from importlib import import_module
 from typing import Any, Final
 
 import onnx
@@ -29,12 +30,10 @@ from torch.export.graph_signature import (
 )
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from quantize.placeholder import translations
 
 OPSET: Final = 18  # the lowest that torch's exporter writes; older runtimes read it too
-_read_table: Final = ONNXRegistry.from_torchlib
 
 
 @contextmanager
@@ -124,23 +123,37 @@ def onnx_of(program: ExportedProgram) -> onnx.ModelProto:
 @contextmanager
 def _translations_read_once() -> Iterator[None]:
     """Within, the exporter gets a copy of torch's table of translations; it adds to it those of this package."""
-    read = ONNXRegistry.__dict__["from_torchlib"]
-    ONNXRegistry.from_torchlib = staticmethod(_copy_of_table)
+    registry = _registry()
+    if registry is None:  # a torch that keeps its table elsewhere reads it for every graph
+        yield
+        return
+    read = registry.__dict__["from_torchlib"]
+
+    def copy_of_table(opset_version: int = OPSET) -> Any:
+        table = copy.copy(_table(read.__get__(None, registry), opset_version))
+        table.functions = {operator: list(found) for operator, found in table.functions.items()}
+        return table
+
+    registry.from_torchlib = staticmethod(copy_of_table)
     try:
         yield
     finally:
-        ONNXRegistry.from_torchlib = read
+        registry.from_torchlib = read
 
 
-def _copy_of_table(opset_version: int = OPSET) -> ONNXRegistry:
-    table = copy.copy(_table(opset_version))
-    table.functions = {operator: list(found) for operator, found in table.functions.items()}
-    return table
+def _registry() -> Any:
+    """torch's class of tables of translations, or None. It is private: another version may have it elsewhere."""
+    try:
+        home = import_module("torch.onnx._internal.exporter._registration")
+    except ImportError:
+        return None
+    found = getattr(home, "ONNXRegistry", None)
+    return found if "from_torchlib" in getattr(found, "__dict__", {}) else None
 
 
 @cache
-def _table(opset_version: int) -> ONNXRegistry:
-    return _read_table(opset_version=opset_version)
+def _table(read: Any, opset_version: int) -> Any:
+    return read(opset_version=opset_version)
 
 
 @contextmanager

@@ -78,15 +78,21 @@ def test_torch_refuses_what_is_changed_in_place_and_code_for_one_length(
     assert asked == [False]
 
 
-def test_translations_are_read_once_and_a_graph_adds_none_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph_of(with_gradient)
-    sizes = {name: len(found) for name, found in tracing._table(tracing.OPSET).functions.items()}
-
-    def read(*_: Any, **words: Any) -> None:
-        raise AssertionError("the table was read again")
-
-    monkeypatch.setattr(tracing, "_read_table", read)
+def test_translations_are_read_once_and_a_graph_adds_none_to_them() -> None:
     plain = ONNXRegistry.from_torchlib
+
+    def sizes() -> dict[Any, int]:
+        return {name: len(found) for name, found in tracing._table(plain, tracing.OPSET).functions.items()}
+
     graph_of(with_gradient)
-    assert sizes == {name: len(found) for name, found in tracing._table(tracing.OPSET).functions.items()}
+    before, reads = sizes(), tracing._table.cache_info().misses
+    graph_of(with_gradient)
+    assert sizes() == before
+    assert tracing._table.cache_info().misses == reads == 1
     assert ONNXRegistry.from_torchlib == plain
+
+
+def test_a_torch_that_keeps_its_table_elsewhere_gives_the_same_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = graph_of(with_gradient)
+    monkeypatch.setattr(tracing, "_registry", lambda: None)
+    assert graph_of(with_gradient) == expected
