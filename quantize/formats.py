@@ -11,6 +11,7 @@ Q8_0 come over without any change of value.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -254,6 +255,10 @@ def _unpacked(packed: Codes) -> Codes:
 def _encode_nf4(weight: Floats) -> dict[str, npt.NDArray]:
     """bitsandbytes' own codes and scales. Its output for one dimension is right for every width (0.50 on CPU)."""
     import torch
+
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it would tell of a faster product, never used here
     from bitsandbytes import functional
 
     flat = torch.from_numpy(weight.reshape(-1))
