@@ -256,9 +256,8 @@ def _encode_nf4(weight: Floats) -> dict[str, npt.NDArray]:
     """bitsandbytes' own codes and scales. Its output for one dimension is right for every width (0.50 on CPU)."""
     import torch
 
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it would tell of a faster product, never used here
+    # It would tell of a faster product, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes import functional
 
     flat = torch.from_numpy(weight.reshape(-1))
