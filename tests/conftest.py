@@ -39,7 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one shared bundle are one group of pytest-xdist."""
+    """Tests of one shared bundle are one group of pytest-xdist; the longest tests do not come last and alone."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
     for item in items:
         if item.get_closest_marker("xdist_group") is None and (group := _bundle_of(item)):
             item.add_marker(pytest.mark.xdist_group(group))
