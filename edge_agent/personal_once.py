@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from edge_agent import jobs, trial
-from edge_agent.dataset import Reading, read_records
+from edge_agent.dataset import Reading
 from edge_agent.resources import threads_allowed
 from edge_agent.trial import OnProgress
-from fedge.errors import DataError, UnsupportedError
+from fedge.errors import UnsupportedError
 from fedge.io import durable
 from fedge.messages import Training
 from fedge.release import Manifest
 
 if TYPE_CHECKING:
     from fedge.io.adapter_file import Adapter
-    from fedge.lora import Floats
 
 
 class Personal(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +67,8 @@ def personalise_once(
     """
     import numpy as np
 
-    from edge_agent.personal import RATE, STEPS
+    from edge_agent.personal import HELD_OUT_ROWS, RATE, STEPS
+    from fedge.io.adapter_file import adapter_of_state, write_adapter
     from fedge.rules import rule_of
 
     manifest = trial.open_bundle_manifest(bundle)
@@ -78,7 +77,7 @@ def personalise_once(
     rule = rule_of("fedit", manifest.layout, bytes(16))
     folder = Path(tempfile.mkdtemp(prefix="fedge-personal-"))  # 0700
     try:
-        recordings = _write_halves(folder, data, reading or Reading())
+        recordings = trial.write_halves(folder, data, reading, HELD_OUT_ROWS)
         state = rule.from_factors(adapter.tensors)
         durable.write_bytes(folder / "start.f32", state.astype("<f4").tobytes(), secret=True)
         job = jobs.Personalise(
@@ -97,7 +96,7 @@ def personalise_once(
         assert isinstance(reply, jobs.Personalised)
         if reply.own:
             own = np.fromfile(folder / "own.f32", "<f4").astype(np.float32)
-            _keep(out, manifest, rule.tensors(own), adapter.header.steps)
+            write_adapter(out, adapter_of_state(manifest, rule, "", own, steps=adapter.header.steps))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Personal(
@@ -118,33 +117,3 @@ def _fleets_adapter(start: Path, manifest: Manifest) -> Adapter:
     if config != manifest.lora:
         raise UnsupportedError(f"{start} has another config than the bundle", field="lora", value=config)
     return adapter
-
-
-def _keep(out: Path, manifest: Manifest, tensors: Mapping[str, Floats], steps: int) -> None:
-    """Write A and B to the adapter file `out`."""
-    from fedge.io.adapter_file import adapter_of, write_adapter
-
-    layout = manifest.layout
-    vector = layout.join({name: tensors[name] for name in layout.shapes})
-    a = {name: tensors[name] for name in layout.a_shapes}
-    write_adapter(out, adapter_of(manifest, vector, a=a, rule="", steps=steps))
-
-
-def _write_halves(folder: Path, data: Path, reading: Reading) -> Reading:
-    """`train.jsonl` and `held_out.jsonl`, and where the recordings are that they name.
-
-    Raises DataError when one of them would be empty.
-    """
-    from edge_agent.personal import HELD_OUT_ROWS
-
-    train, held_out = trial.split(read_records(data, reading))
-    if not train or not held_out:
-        raise DataError(
-            "too little data: one in five conversations is held out, the others are trained on",
-            field="path",
-            value=str(data),
-            hint="give at least five conversations",
-        )
-    trial.write_records(folder / "train.jsonl", train)
-    trial.write_records(folder / "held_out.jsonl", held_out, HELD_OUT_ROWS)
-    return Reading(folder=str(reading.root(data).resolve()))

@@ -106,19 +106,7 @@ def train_once(
     rounds = own.rounds(steps)
     folder = Path(tempfile.mkdtemp(prefix="fedge-trial-"))  # 0700
     try:
-        train, held_out = split(read_records(data, reading))
-        if not train or not held_out:
-            raise DataError(
-                f"too little data: one in {HELD_OUT_EVERY} conversations is held out, the others are trained on",
-                field="path",
-                value=str(data),
-                hint=f"give at least {HELD_OUT_EVERY} lines",
-            )
-        write_records(folder / "train.jsonl", train)
-        write_records(folder / "held_out.jsonl", held_out, HELD_OUT_MAX)
-        parts = Reading(
-            folder=str((reading or Reading()).root(data).resolve())
-        )  # recordings stay where they are
+        parts = write_halves(folder, data, reading, HELD_OUT_MAX)
         bench = _Bench(bundle.resolve(), folder, own.training, threads_allowed(threads), progress, parts)
         try:
             before = bench.evaluate(own, "loss before")
@@ -206,6 +194,25 @@ def split(records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
         place = order.setdefault(record.conversation or f"\0{number}", len(order))
         parts[place % HELD_OUT_EVERY == HELD_OUT_EVERY - 1].append(record)
     return parts
+
+
+def write_halves(folder: Path, data: Path, reading: Reading | None, held_out_max: int) -> Reading:
+    """`train.jsonl` and `held_out.jsonl` in `folder`; returns how to read them: recordings stay where they are.
+
+    Raises DataError when one of them would be empty, and what `read_records` raises.
+    """
+    how = reading or Reading()
+    train, held_out = split(read_records(data, how))
+    if not train or not held_out:
+        raise DataError(
+            f"too little data: one in {HELD_OUT_EVERY} conversations is held out, the others are trained on",
+            field="path",
+            value=str(data),
+            hint=f"give at least {HELD_OUT_EVERY} lines",
+        )
+    write_records(folder / "train.jsonl", train)
+    write_records(folder / "held_out.jsonl", held_out, held_out_max)
+    return Reading(folder=str(how.root(data).resolve()))
 
 
 class _Bench:

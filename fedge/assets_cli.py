@@ -101,7 +101,7 @@ def _row(asset: Asset) -> _Row:
         "note": asset.note,
         "package": f"{asset.source.package}=={asset.source.version}",
         "download_bytes": asset.source.wheel_bytes,
-        "sha256": asset.source.member_sha256,
+        "sha256": asset.source.file.sha256,
         "path": str(cached_path(asset)),
         "cached": is_cached(asset),
     }

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from fedge.audio import FFT_SAMPLES, HOP_SAMPLES, POSITION_SAMPLES, SAMPLE_RATE, AudioInput
 from fedge.errors import DataError, UnsupportedError, UsageError
 from quantize.checkpoint import read_checkpoint
-from quantize.encoders import check_head, check_names
+from quantize.encoders import check_fresh, check_head, check_names
 from quantize.supported import check_keys
 
 MODEL_TYPE: Final = "whisper"
@@ -72,19 +72,13 @@ def open_audio(folder: Path, architecture: str, classes: Sequence[str], seconds:
 
     Raises UsageError, UnsupportedError, DataError.
     """
-    check_names(classes)
     _check_preprocessor(folder)
     if architecture == _WITH_HEAD:
+        check_names(classes)
         model = read_checkpoint(WhisperForAudioClassification, folder)
         names = check_head(model, classes)
-    elif not classes:
-        raise UsageError(
-            "this model has no head: name the classes that it shall tell apart",
-            field="classes",
-            value=architecture,
-            hint="--classes yes,no or --classes-from FILE, one a line",
-        )
     else:
+        check_fresh(architecture, classes)
         with _quietly():
             model = read_checkpoint(
                 WhisperForAudioClassification, folder, optional=("projector.", "classifier."), surplus=True

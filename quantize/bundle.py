@@ -129,9 +129,8 @@ class _Build:
         classifies = AudioExam if source.audio else ClassifierExam
         make = classifies if source.classes else gates.Exam
         exam = make.of(source, exact=is_exact(source, fmt.name), fmt=fmt, lora=lora)
-        fits = (
-            fmt.name in FITTED and not exam.exact and not source.classes
-        )  # a fit needs text that the model writes
+        # A fit needs text that the model writes.
+        fits = fmt.name in FITTED and not exam.exact and not source.classes
         fitted = fit(source, fmt, tell) if fits else None
         tensors = quantise(source, fmt, tell, fitted)
         self._places: Mapping[str, TensorPlace] = write_weights(folder / WEIGHTS, tensors)
@@ -145,9 +144,8 @@ class _Build:
             try:
                 infer = inference_graph(source.anatomy, lora, fmt, self._places, centred=centred)
                 graphs["infer.onnx"] = infer
-            except (
-                UnsupportedError
-            ) as refusal:  # it trains all the same; manifest.files says that it cannot write
+            except UnsupportedError as refusal:
+                # It trains all the same; manifest.files says that it cannot write.
                 tell(refusal.what, 1.0)
         tell("export", 1.0)
         self._operators: set[str] = set()

@@ -160,11 +160,10 @@ class _Stack:
         recipe = recognise(anatomy, self._block, self._cache, self._windows)
         if recipe is None or final_norm(anatomy) is None:
             return None
-        whole = self._has_small_tables(start)
-        if not agrees(anatomy, self._block, recipe, whole=whole):
-            whole = False
-            if not agrees(anatomy, self._block, recipe, whole=whole):
-                return None
+        ways = (True, False) if self._has_small_tables(start) else (False,)
+        whole = next((way for way in ways if agrees(anatomy, self._block, recipe, whole=way)), None)
+        if whole is None:
+            return None
         tables = self._tables(writer, start) if whole else {}
         read = select(start, ["x"]) if whole else start
         known = _inline(writer, read, "start/", _outer(read))
@@ -178,18 +177,20 @@ class _Stack:
 
     def _has_small_tables(self, start: onnx.ModelProto) -> bool:
         """Whether the rotary tables of all positions may lie in memory, and depend on nothing but positions."""
-        names = [name for name in start_outputs(self._anatomy) if name != "x"]
+        names = self._table_names()
         size = 4 * positions_max(self._anatomy.model.config) * int(self._anatomy.call.shapes["cos"][-1])
         read = {value.name for value in select(start, names).graph.input}
         return read == {"positions"} and len(names) * size // 2 <= _TABLE_BYTES_MAX
 
     def _tables(self, writer: GraphWriter, start: onnx.ModelProto) -> dict[str, str]:
         """The rotary tables of all positions: constants, once the runtime has loaded the graph."""
-        names = [name for name in start_outputs(self._anatomy) if name != "x"]
         longest = positions_max(self._anatomy.model.config)
         first, end, step = (writer.constant(np.array(value, np.int64)) for value in (0, longest, 1))
         every = writer.add("Unsqueeze", [writer.add("Range", [first, end, step]), writer.integers(0)])
-        return _inline(writer, select(start, names), "tables/", {"positions": every})
+        return _inline(writer, select(start, self._table_names()), "tables/", {"positions": every})
+
+    def _table_names(self) -> list[str]:
+        return [name for name in start_outputs(self._anatomy) if name != "x"]
 
     def _traced(self, writer: GraphWriter, x: str, tables: Mapping[str, str]) -> str:
         anatomy = self._anatomy

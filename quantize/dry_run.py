@@ -44,6 +44,7 @@ from quantize.encoders import outline_classifier, with_targets
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat
 from quantize.source import no_classes
 from quantize.supported import check_config, kind_of
+from quantize.tail import norms_of
 from quantize.watching import layers_of, layers_path_of
 
 # GGUF types whose grid a format of ours holds, smallest format first; a K-quant is refitted.
@@ -313,7 +314,7 @@ def _tensors(model: Any, layers: list[Any], fmt: WeightFormat) -> Iterator[tuple
 
 def _head_of(model: Any, layers: list[Any]) -> list[str]:
     """A classifier's parameters that are trained in full: what comes after the last layer and is no norm."""
-    norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
+    norms = norms_of(model)
     named = list(model.named_parameters())
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     last = max(index for index, (_, parameter) in enumerate(named) if id(parameter) in inside)

@@ -65,9 +65,8 @@ class MeanPooled(nn.Module):
     @classmethod
     def from_folder(cls, folder: str | Path, classes: int) -> MeanPooled:
         """The encoder in a model folder, and a head for so many classes. Raises DataError."""
-        return cls(
-            read_checkpoint(AutoModel, Path(folder), optional=("pooler.",), surplus=True), classes
-        ).eval()
+        model = read_checkpoint(AutoModel, Path(folder), optional=("pooler.",), surplus=True)
+        return cls(model, classes).eval()
 
     def get_input_embeddings(self) -> Any:
         """The table of token embeddings."""

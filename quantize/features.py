@@ -10,13 +10,12 @@ Heads whose first trained matrix meets every token (a score for each position) h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Final
 
 import onnx
 
 from fedge.lora import DENSE
-from quantize.graph import make_model, select, tensor_input
+from quantize.graph import select, tensor_input
 
 FEATURES: Final = "features.onnx"
 HEAD: Final = "head.onnx"
@@ -30,10 +29,11 @@ def features_and_head(whole: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
     vector = _vector(whole)
     if vector is None:
         return {}
-    wanted = [value.name for value in whole.graph.output if value.name != "gh"]
-    first = _computing(whole, {vector}, {vector: VECTOR}, [tensor_input(VECTOR, "float32", ("b", "f"))])
-    outputs = [value for value in whole.graph.output if value.name in wanted]
-    second = _computing(_sized_by_labels(whole), wanted, {vector: VECTOR}, outputs, given=vector)
+    value = tensor_input(VECTOR, "float32", ("b", "f"))
+    named = _named(whole, vector, value)
+    outputs = [output.name for output in whole.graph.output if output.name != "gh"]
+    first = select(named, [VECTOR])
+    second = select(_sized_by_labels(named), outputs, given=[value])
     left = {value.name for value in second.graph.input}
     if left.intersection(_TEXT):
         return {}  # the way back reads more of the text than the way there
@@ -56,6 +56,17 @@ def _vector(whole: onnx.ModelProto) -> str | None:
     return met.pop() if len(met) == 1 and _rank(whole, next(iter(met))) == 2 else None
 
 
+def _named(whole: onnx.ModelProto, vector: str, value: onnx.ValueInfoProto) -> onnx.ModelProto:
+    """A copy of the graph whose inner value `vector` has the name of `value`, and is an output as well."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(whole)
+    for node in copy.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [value.name if name == vector else name for name in names]
+    copy.graph.output.append(value)
+    return copy
+
+
 def _sized_by_labels(whole: onnx.ModelProto) -> onnx.ModelProto:
     """The same graph that asks its labels how many rows there are, and not its text."""
     changed = onnx.ModelProto()
@@ -74,27 +85,3 @@ def _rank(model: onnx.ModelProto, name: str) -> int | None:
         if value.name == name and value.type.tensor_type.HasField("shape"):
             return len(value.type.tensor_type.shape.dim)
     return None
-
-
-def _computing(
-    whole: onnx.ModelProto,
-    wanted: Iterable[str],
-    renamed: Mapping[str, str],
-    outputs: list[onnx.ValueInfoProto],
-    given: str = "",
-) -> onnx.ModelProto:
-    """The nodes that compute `wanted`, as far back as to what is `given`; its own inputs and constants alone."""
-    needed, nodes = set(wanted), list[onnx.NodeProto]()
-    for node in reversed(whole.graph.node):
-        if needed.difference({given}).intersection(node.output):
-            copied = onnx.NodeProto()
-            copied.CopyFrom(node)
-            needed.update(node.input)
-            for names in (copied.input, copied.output):
-                names[:] = [renamed.get(name, name) for name in names]
-            nodes.insert(0, copied)
-    inputs = [value for value in whole.graph.input if value.name in needed]
-    if given:
-        inputs.insert(0, tensor_input(renamed[given], "float32", ("b", "f")))
-    constants = [tensor for tensor in whole.graph.initializer if tensor.name in needed]
-    return make_model(nodes, inputs, outputs, constants)

@@ -107,16 +107,21 @@ def fold(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx_ir.to_proto(intermediate)
 
 
-def select(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
-    """The part of a model that computes `outputs`; ONNX Runtime runs a whole graph whatever is fetched from it."""
-    wanted = set(outputs)
+def select(
+    model: onnx.ModelProto, outputs: Sequence[str], *, given: Sequence[onnx.ValueInfoProto] = ()
+) -> onnx.ModelProto:
+    """The part of a model that computes `outputs`, from its inputs and from inner values that are `given`.
+
+    ONNX Runtime runs a whole graph whatever is fetched from it.
+    """
+    wanted, there = set(outputs), {value.name for value in given}
     nodes: list[onnx.NodeProto] = []
     for node in reversed(model.graph.node):
-        if wanted.intersection(node.output):
+        if wanted.difference(there).intersection(node.output):
             nodes.insert(0, node)
             wanted.update(node.input)
     known = {value.name: value for value in model.graph.output}
-    inputs = [value for value in model.graph.input if value.name in wanted]
+    inputs = [*given, *(value for value in model.graph.input if value.name in wanted)]
     constants = [tensor for tensor in model.graph.initializer if tensor.name in wanted]
     return make_model(nodes, inputs, [known[name] for name in outputs], constants)
 

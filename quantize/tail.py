@@ -85,10 +85,15 @@ def tail_names(tail: Tail, h: Tensor, ids: Tensor, mask: Tensor) -> TailNames:
     _, *places = [node for node in graph.nodes if node.op == "placeholder"]
     needed = _needed(graph)
     read = [name for name, place in zip(named, places, strict=True) if place in needed]
-    norms = {name for name, module in tail.skeleton.named_modules() if "Norm" in type(module).__name__}
+    norms = norms_of(tail.skeleton)
     frozen = tuple(name for name in read if name.rpartition(".")[0] in norms)
     trained = tuple(sorted(set(read) - set(frozen)))
     return TailNames(trained, frozen, _modules(trained, set(named) - set(trained)))
+
+
+def norms_of(model: nn.Module) -> set[str]:
+    """Paths of the norms of a model: they stay frozen in a head as everywhere."""
+    return {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
 
 
 def _needed(graph: Graph) -> set[Node]:

@@ -32,9 +32,7 @@ class Seen:
 
     arguments: list[dict[str, Any]]
     outputs: list[Tensor]
-    after: list[
-        tuple[str, nn.Module, Tensor, Tensor]
-    ]  # called outside the layers: name, module, input, output
+    after: list[tuple[str, nn.Module, Tensor, Tensor]]  # called behind them: name, module, input, output
     logits: Tensor
     tuples: bool = False
 
@@ -50,6 +48,7 @@ def layers_path_of(model: nn.Module) -> str:
 
 
 def repeated(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """Both at once: where the list is, and its layers. Raises UnsupportedError when there is none."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise odd("no list of layers in this model", "layers", type(model).__name__)
@@ -65,6 +64,7 @@ def check_numbers(model: nn.Module) -> None:
 
 
 def watch(model: Any, path: str, layers: list[nn.Module], ids: Tensor, mask: Tensor) -> Seen:
+    """What happens when the model is called. Raises UnsupportedError for layers not called once each, in order."""
     seen = Seen([], [], [], torch.empty(0))
     order: list[int] = []
     inside = {id(module) for layer in layers for module in layer.modules()}
@@ -129,11 +129,13 @@ def arguments_of(layer: nn.Module, args: Sequence[Any], keywords: Mapping[str, A
 
 
 def first_of(output: Any) -> Tensor:
+    """The hidden states of what a layer gives."""
     tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return tensor
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results are the same but for the order of additions."""
     return bool((found - expected).norm() <= _SAME * expected.norm())
 
 
@@ -146,6 +148,7 @@ def untraceable(where: str, module: nn.Module, error: Exception) -> UnsupportedE
 
 
 def odd(message: str, where: str, value: object) -> UnsupportedError:
+    """The refusal of a model that is not put together as expected."""
     return UnsupportedError(message, field=where, value=value, hint=_HINT)
 
 

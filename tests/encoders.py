@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import tiny
 
 CLASSES: Final = ("lights", "music", "weather")
@@ -105,3 +106,21 @@ def _write_tokenizer(path: Path) -> None:
         single=f"{first} $A {first}", special_tokens=[(first, number)]
     )
     tokenizer.save(str(path))
+
+
+def labelled_rows(count: int, width: int = 14, seed: int = 0) -> Any:
+    """A batch of random rows that end early by different lengths, each of a class; nothing is a token's label."""
+    from edge_agent.dataset import Batch
+
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(2, 300, (count, width))
+    mask = np.ones_like(ids)
+    for row in range(1, count):
+        mask[row, width - row :], ids[row, width - row :] = 0, 1
+    return Batch(ids, mask, np.full_like(ids, -100), draw.integers(0, 3, count))
+
+
+def random_vector(trainer: Any, seed: int = 5) -> np.ndarray:
+    """An adapter of small random numbers for a `Trainer`."""
+    draw = np.random.default_rng(seed)
+    return (draw.standard_normal(trainer.layout.numbers) * 0.05).astype(np.float32)

@@ -17,7 +17,7 @@ from edge_agent.dataset.audio_rows import load_recordings
 from edge_agent.dataset.choices import Reading
 from edge_agent.dataset.reading import Tally, read_records
 from edge_agent.dataset.row import Row
-from edge_agent.dataset.rows import load_dataset
+from edge_agent.dataset.rows import Dataset, load_dataset
 from edge_agent.jobs import Counts
 from fedge.audio import AudioInput
 from fedge.chat import ChatFormat
@@ -76,7 +76,7 @@ def look(path: Path, reading: Reading) -> Preview:
     tally = Tally()
     samples = sum(record.samples for record in read_records(path, reading, tally))
     counts = Counts(records=tally.records, examples=samples, bad=tally.bad)
-    return Preview(path=str(path), form=tally.form, kinds=tally.forms, counts=counts, first_bad=tally.first)
+    return _of_file(path, tally, counts)
 
 
 def preview(
@@ -104,23 +104,14 @@ def preview(
         tally=tally,
     )
     rows = dataset.rows
-    labels: dict[str, int] = {}
-    for row in rows:
-        if row.label >= 0:
-            labels[classes[row.label]] = labels.get(classes[row.label], 0) + 1
     places = sorted({0, len(rows) // 2, len(rows) - 1})[:EXAMPLES]
-    return Preview(
-        path=str(path),
-        form=tally.form,
-        kinds=tally.forms,
-        counts=dataset.counts,
-        first_bad=tally.first,
+    return msgspec.structs.replace(
+        _of_rows(path, tally, dataset, classes),
         window=window,
         lengths=[len(row.ids) for row in rows],
         tokens=sum(len(row.ids) for row in rows),
         learnt=sum(end - start for row in rows for start, end in learnt_spans(row)),
         examples=[list(parts(rows[place], encode)) for place in places],
-        labels=labels,
     )
 
 
@@ -128,17 +119,18 @@ def preview_of_recordings(path: Path, audio: AudioInput, classes: Sequence[str],
     """The same for a bundle that hears. Raises as `load_recordings`."""
     tally = Tally()
     dataset = load_recordings(path, audio, classes, reading=reading, tally=tally, kept_bytes_max=0)
-    found = Counter(classes[row.label] for row in dataset.rows)
-    return Preview(
-        path=str(path),
-        form=tally.form,
-        kinds=tally.forms,
-        counts=dataset.counts,
-        first_bad=tally.first,
-        window=audio.positions,
-        seconds=audio.seconds,
-        labels=dict(found),
-    )
+    found = _of_rows(path, tally, dataset, classes)
+    return msgspec.structs.replace(found, window=audio.positions, seconds=audio.seconds)
+
+
+def _of_rows(path: Path, tally: Tally, dataset: Dataset, classes: Sequence[str]) -> Preview:
+    """What is said of every kind of rows."""
+    labels = Counter(classes[row.label] for row in dataset.rows if row.label >= 0)
+    return msgspec.structs.replace(_of_file(path, tally, dataset.counts), labels=dict(labels))
+
+
+def _of_file(path: Path, tally: Tally, counts: Counts) -> Preview:
+    return Preview(path=str(path), form=tally.form, kinds=tally.forms, counts=counts, first_bad=tally.first)
 
 
 def learnt_spans(row: Row) -> Iterator[tuple[int, int]]:

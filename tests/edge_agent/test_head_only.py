@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoders import labelled_rows, random_vector
 
 from edge_agent.bundle import Bundle, open_bundle
 from edge_agent.dataset import Batch
@@ -32,21 +33,6 @@ def trainer(bundle: Bundle) -> Trainer:
     return Trainer(bundle, a_seed=SEED)
 
 
-def rows(count: int, seed: int = 0, width: int = 14) -> Batch:
-    """Rows of classes that end early by different lengths."""
-    draw = np.random.default_rng(seed)
-    ids = draw.integers(2, 300, (count, width))
-    mask = np.ones_like(ids)
-    for row in range(1, count):
-        mask[row, width - row :], ids[row, width - row :] = 0, 1
-    return Batch(ids, mask, np.full_like(ids, -100), draw.integers(0, 3, count))
-
-
-def vector_of(trainer: Trainer, seed: int = 5) -> np.ndarray:
-    draw = np.random.default_rng(seed)
-    return (draw.standard_normal(trainer.layout.numbers) * 0.05).astype(np.float32)
-
-
 def assert_head_of_whole_step(trainer: Trainer, batch: Batch, vector: np.ndarray) -> None:
     adapter = trainer.layout.split(vector)
     whole = trainer.loss_and_gradients(batch, adapter)
@@ -67,24 +53,24 @@ def test_loss_and_gradient_are_those_of_a_whole_step_whatever_the_head(
     """BERT's pooler reads the first token; Llama's score meets every token, so its bundle has nothing to keep."""
     trainer = Trainer(open_bundle(classifier_folder(name) / "bundle"), a_seed=SEED)
     assert (f"{FEATURES}.onnx" in trainer.manifest.files) == (name == "bert")
-    assert_head_of_whole_step(trainer, rows(4), vector_of(trainer))
+    assert_head_of_whole_step(trainer, labelled_rows(4), random_vector(trainer))
 
 
 def test_another_adapter_in_the_layers_is_another_encoder(trainer: Trainer) -> None:
     for seed in (5, 6, 5):
-        assert_head_of_whole_step(trainer, rows(4), vector_of(trainer, seed))
+        assert_head_of_whole_step(trainer, labelled_rows(4), random_vector(trainer, seed))
 
 
 def test_a_row_without_a_class_is_left_out(trainer: Trainer) -> None:
-    batch = rows(4)
+    batch = labelled_rows(4)
     with_hole = Batch(batch.ids, batch.mask, batch.labels, np.array([0, -1, 2, 1]))
-    assert_head_of_whole_step(trainer, with_hole, vector_of(trainer))
+    assert_head_of_whole_step(trainer, with_hole, random_vector(trainer))
 
 
 def test_rows_are_encoded_once_and_not_in_batches_of_other_company(bundle: Bundle) -> None:
     runs: list[int] = []
     trainer = Trainer(bundle, a_seed=SEED, pause=lambda: runs.append(1))
-    batch, adapter = rows(4), trainer.layout.split(vector_of(trainer))
+    batch, adapter = labelled_rows(4), trainer.layout.split(random_vector(trainer))
 
     def count(given: Batch) -> int:
         runs.clear()
@@ -100,11 +86,11 @@ def test_rows_are_encoded_once_and_not_in_batches_of_other_company(bundle: Bundl
         batch.classes[1:],
     )
     assert count(wider) == ONE_RUN
-    assert count(rows(2, seed=1)) == 2 * a_row + ONE_RUN
+    assert count(labelled_rows(2, seed=1)) == 2 * a_row + ONE_RUN
 
 
 def test_a_round_moves_the_head_and_nothing_else(trainer: Trainer) -> None:
-    batches, start = [rows(4, seed) for seed in range(3)], vector_of(trainer)
+    batches, start = [labelled_rows(4, seed=seed) for seed in range(3)], random_vector(trainer)
     outcome = train_round(trainer, start, batches * 5, a_seed=SEED, lr=0.02, depth=HEAD_ONLY)
     moved = trainer.layout.split(outcome.delta)
     assert {name for name, value in moved.items() if value.any()} == {
@@ -119,13 +105,13 @@ def test_a_round_moves_the_head_and_nothing_else(trainer: Trainer) -> None:
 
 def test_a_round_that_was_cut_off_ends_with_the_same_bits(bundle: Bundle, trainer: Trainer) -> None:
     """The second half meets rows that the first half had met in other batches."""
-    batch = rows(6)
+    batch = labelled_rows(6)
     cut = [
         Batch(*(part[chosen] for part in (batch.ids, batch.mask, batch.labels, batch.classes)))
         for chosen in ([0, 5], [3, 1, 2], [4, 0, 1], [5, 3, 2])
     ]
     states: list[TrainState] = []
-    start = vector_of(trainer)
+    start = random_vector(trainer)
 
     def keep(state: TrainState) -> None:
         moments = tuple(moment.copy() for moment in state.moments)
@@ -152,7 +138,7 @@ def test_what_does_not_fit_is_encoded_again(bundle: Bundle) -> None:
         yield
         return np.ones((1, ids.shape[1], hidden), np.float32)
 
-    batch = rows(3)
+    batch = labelled_rows(3)
     labelled = Batch(batch.ids, batch.mask, batch.classes[:, None])
     for _ in range(3):
         for _ in frozen.step(labelled, {}, values, {}, encode):
@@ -164,7 +150,7 @@ def test_a_bundle_without_a_head_that_trains_is_refused(tiny_bundle: Path) -> No
     trainer = Trainer(open_bundle(tiny_bundle), a_seed=SEED)
     batch = Batch(np.ones((1, 4), np.int64), np.ones((1, 4), np.int64), np.ones((1, 4), np.int64))
     with pytest.raises(ConfigError, match="no head"):
-        trainer.loss_and_gradients(batch, trainer.layout.split(vector_of(trainer)), HEAD_ONLY)
+        trainer.loss_and_gradients(batch, trainer.layout.split(random_vector(trainer)), HEAD_ONLY)
 
 
 def write_rows(path: Path) -> Path:

