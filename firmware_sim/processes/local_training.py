@@ -19,12 +19,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent import planner
 from edge_agent.bundle import Bundle, open_bundle
 from edge_agent.dataset import Batch, Encode, Row, batches, load_dataset, load_encoder
+from edge_agent.resources import free_memory_mb
 from edge_agent.round import data_seed
 from edge_agent.trainer import Trainer
 from edge_agent.trainer.rules import train_by_rule
+from fedge.errors import UnavailableError
 from fedge.messages import Training
+from fedge.release import Manifest
 
 Vector = NDArray[np.float32]
 
@@ -76,7 +80,10 @@ def open_devices(plan: Plan, processes: int) -> Iterator[Devices]:
     What is wrong with bundle, data or training is raised by the first call that meets it.
     """
     with ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(plan,)
+        processes,
+        mp_context=get_context("spawn"),
+        initializer=_begin,
+        initargs=(plan, free_memory_mb() * 10**6 // processes),
     ) as pool:
         try:
             yield Devices(pool, plan)
@@ -96,23 +103,33 @@ class _Desk:
     rows: dict[str, tuple[Row, ...]] = field(default_factory=dict)
 
 
-_plans: list[Plan] = []
+_plans: list[tuple[Plan, int]] = []  # with the bytes that a process may take
 _desks: list[_Desk] = []
 
 
-def _begin(plan: Plan) -> None:
+def _begin(plan: Plan, memory_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
-    _plans.append(plan)
+    _plans.append((plan, memory_bytes))
 
 
 def _desk() -> _Desk:
     """Opened by the first piece of work and not before: what an initialiser raises would never be told."""
     if not _desks:
-        plan = _plans[0]
+        plan, memory_bytes = _plans[0]
         bundle = open_bundle(plan.bundle)
-        trainer = Trainer(bundle, a_seed=plan.training.a_seed)
+        step = _same_bits(bundle.manifest, plan.training, memory_bytes)
+        trainer = Trainer(bundle, a_seed=plan.training.a_seed, plan=step)
         _desks.append(_Desk(plan, bundle, load_encoder(bundle.tokenizer), trainer))
     return _desks[0]
+
+
+def _same_bits(manifest: Manifest, training: Training, memory_bytes: int) -> planner.Plan:
+    """The fastest way through a step that fits, of those that change no bit; the plain way when none does."""
+    try:
+        chosen = planner.plan(manifest, training, memory_bytes)
+    except UnavailableError:
+        return planner.Plan()
+    return chosen if chosen.exact else planner.Plan()
 
 
 def _batches(device: str, number: int) -> Iterator[Batch]:
