@@ -24,6 +24,7 @@ for _variable in (
 from kept import Kept  # noqa: E402
 from learning_personal import personal_rows  # noqa: E402
 from learning_rules import rule_rows, training_of  # noqa: E402
+from learning_steps import step_rows  # noqa: E402
 from people import QUICK, Bench, Scale, told  # noqa: E402
 from report import Row, parser, print_report  # noqa: E402
 
@@ -33,7 +34,7 @@ from firmware_sim.processes.reference import Reference, federated  # noqa: E402
 from firmware_sim.processes.reference import pooled as pooled_reference  # noqa: E402
 
 EARLIER = "prototype, seeds 2 and 3"
-PARTS = ("codec", "rules", "personal")
+PARTS = ("codec", "rules", "personal", "steps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Run:
 def main() -> None:
     flags = parser(__doc__.split("\n")[0], runs=1, seed=2)
     flags.add_argument("--bundle", type=Path, help="a SmolLM2-135M bundle; made anew when left out")
+    flags.add_argument("--fast-bundle", type=Path, help="one in int8c; made anew when left out")
     flags.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
     flags.add_argument("--part", action="append", choices=PARTS, help="which tables (all)")
     flags.add_argument(
@@ -82,6 +84,8 @@ def main() -> None:
             found += rule_rows(bench, kept, seeds)
         if "personal" in wanted:
             found += personal_rows(bench, kept, args.seed)
+        if "steps" in wanted:
+            found += step_rows(bench, kept, seeds, args.fast_bundle, quick=args.quick)
     print_report("learning", found, args)
 
 

@@ -20,6 +20,8 @@ from firmware_sim.processes.evaluation import PersonLoss, evaluate_people, poole
 from firmware_sim.processes.local_training import Plan
 from firmware_sim.processes.people import read_people, split_people, write_person
 
+MODEL = "smollm2-135m"
+
 
 @dataclass(frozen=True, slots=True)
 class Scale:
@@ -41,7 +43,7 @@ class Bench:
 
     def __init__(self, bundle: Path | None, scale: Scale, folder: Path, processes: int) -> None:
         self.scale, self.folder, self.processes = scale, folder, processes
-        self.bundle = open_bundle(bundle or _make_bundle(folder / "bundle"))
+        self.bundle = open_bundle(bundle or make_bundle(folder / "bundle"))
         part, unseen = _write_people(self.bundle, scale, folder)
         self.groups = {"took part": part, "never seen": unseen}
 
@@ -81,12 +83,14 @@ def told(name: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(f"{name} {done}/{total}")
 
 
-def _make_bundle(folder: Path) -> Path:
+def make_bundle(folder: Path, weights_format: str | None = None) -> Path:
+    """A bundle of the model in this format, None = its own grid."""
     from quantize.bundle import quantize  # torch and transformers: only when there is no bundle yet
 
-    source = assets.pull("models", "smollm2-135m")
-    progress("quantizing SmolLM2-135M, a minute or two")
-    quantize(str(source), folder, Ed25519PrivateKey.generate(), lora=LoraConfig())
+    source = assets.pull("models", MODEL)
+    progress(f"quantizing {MODEL}{f' to {weights_format}' if weights_format else ''}, a minute or two")
+    key = Ed25519PrivateKey.generate()
+    quantize(str(source), folder, key, lora=LoraConfig(), weights_format=weights_format)
     return folder
 
 
