@@ -60,10 +60,16 @@ class Run:
     """One campaign of a real fleet, watched by its ledger."""
 
     def __init__(
-        self, folder: Path, bundle: Path, *, devices: int, broker: str = "auto", line: Line | None = None
+        self,
+        folder: Path,
+        bundle: Path,
+        data: dict[str, Path],
+        *,
+        broker: str = "auto",
+        line: Line | None = None,
     ) -> None:
         self.folder, self.bundle = folder, bundle
-        self.fleet = LocalFleet(folder / "fleet", write_data(folder, devices), broker=broker, line=line)
+        self.fleet = LocalFleet(folder / "fleet", data, broker=broker, line=line)
         self.ledger: list[LedgerEntry] = []
 
     def start(self, wish: Wish) -> None:
@@ -122,9 +128,16 @@ class Run:
 
 @contextmanager
 def running(
-    folder: Path, bundle: Path, *, devices: int, broker: str = "auto", line: Line | None = None
+    folder: Path,
+    bundle: Path,
+    *,
+    devices: int = 0,
+    data: dict[str, Path] | None = None,
+    broker: str = "auto",
+    line: Line | None = None,
 ) -> Iterator[Run]:
-    run = Run(folder, bundle, devices=devices, broker=broker, line=line)
+    """Of `devices` that chat, or of those whose `data` is given."""
+    run = Run(folder, bundle, data or write_data(folder, devices), broker=broker, line=line)
     try:
         yield run
     finally:
