@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from edge_agent.data_cli import add_chat, add_data, add_reading, reading_of, words_of
+from edge_agent.embed_cli import add_embed
 from edge_agent.generator_cli import add_generate
 from fedge.lora import RULES
 
@@ -24,6 +25,8 @@ a first device:
 The data file never leaves this device. JSON Lines, a table, plain text; look at it first: fedge agent data FILE
   {"prompt": "how was it?", "completion": "so good"}
   {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+or, for a bundle that makes vectors of texts, pairs that belong together:
+  {"anchor": "how was it?", "positive": "did you like it?"}
 or, for a bundle that hears, a folder of WAV files with a folder for each class, or a list:
   {"audio": "clips/1.wav", "label": "yes"}
 
@@ -50,6 +53,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_unit(words)
     add_data(words)
     add_generate(words)
+    add_embed(words)
 
 
 def _add_enroll(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Shows what is in a data file, without training: which form it has, how many examples, how long they are, what is left
 out and why; and three examples as the model will read them, with the part that is learnt marked. FILE may be JSON
-Lines or a JSON list (messages, ShareGPT, Alpaca, prompt and completion, text, text and label), a table (CSV, TSV),
+Lines or a JSON list (messages, ShareGPT, Alpaca, prompt and completion, text, text and label, pairs: anchor and
+positive, query and document, question and answer, sentence1 and sentence2), a table (CSV, TSV),
 plain text, Parquet (with the extra `parquet`), or a folder of such files; recordings (WAV) in a folder for each class,
 or a list of {"audio": PATH, "label": …}. What it is, is told by its content."""
 
@@ -52,7 +53,8 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--columns",
         default="",
         metavar="A=B,…",
-        help="of a table, or keys of JSON objects: prompt=NAME,completion=NAME, or text=, label=",
+        help="of a table, or keys of JSON objects: prompt=NAME,completion=NAME, or text=, label=, "
+        "or anchor=, positive=",
     )
     reading.add_argument(
         "--separator", default="", metavar="SIGN", help="between the cells of a table; tab = tab"
@@ -151,4 +153,5 @@ def _with_bundle(arguments: argparse.Namespace, reading: Reading) -> Preview:
         reading=reading,
         chat=manifest.chat,
         classes=manifest.classes,
+        pairs=manifest.task == "embed",
     )

@@ -13,23 +13,23 @@ from typing import Final
 import numpy as np
 
 from edge_agent.dataset import IGNORE, Batch, Row, make_batch
+from edge_agent.dataset.pair_rows import pair_row
 from edge_agent.trainer import Trainer, train_round
 from fedge.audio import AudioInput
 from fedge.messages import Training
+from fedge.release import Manifest
 
 COLD_SECONDS_MAX: Final = 2.0  # a first step as short as this is mostly page faults: the next one tells
 _STRIDE: Final = 7_919  # a prime: tokens from all over the embedding, as text has them
 
 
-def step_seconds(trainer: Trainer, training: Training, vocabulary: int, label: int = -1) -> float:
+def step_seconds(trainer: Trainer, training: Training) -> float:
     """Wall seconds of one step over all layers; of the faster of two where a step is short. Raises ConfigError."""
     took: list[float] = []
-    audio = trainer.manifest.hears
-    batch = synthetic_batch(training, vocabulary, label) if audio is None else silent_batch(training, audio)
     train_round(
         trainer,
         np.zeros(trainer.layout.numbers, np.float32),
-        _timed(batch, took),
+        _timed(_batch(trainer.manifest, training), took),
         a_seed=training.a_seed,
         lr=training.rate,
         weight_decay=training.weight_decay,
@@ -37,11 +37,25 @@ def step_seconds(trainer: Trainer, training: Training, vocabulary: int, label: i
     return min(took)
 
 
+def _batch(manifest: Manifest, training: Training) -> Batch:
+    if manifest.hears is not None:
+        return silent_batch(training, manifest.hears)
+    if manifest.task == "embed":
+        return pairs_of_nothing(training, manifest.vocabulary)
+    return synthetic_batch(training, manifest.vocabulary, 0 if manifest.task == "classify" else -1)
+
+
 def synthetic_batch(training: Training, vocabulary: int, label: int = -1) -> Batch:
     """`batch_rows` x `window_tokens` ids below `vocabulary`, the same everywhere, each of class `label`."""
     shape = training.batch_rows, training.window_tokens
     ids = (np.arange(shape[0] * shape[1]) * _STRIDE % vocabulary).astype(np.int32).reshape(shape)
     return make_batch([Row(row, 0, "", label=label) for row in ids], pad_id=0)
+
+
+def pairs_of_nothing(training: Training, vocabulary: int) -> Batch:
+    """`batch_rows` pairs of `window_tokens` ids each, no two alike."""
+    rows = synthetic_batch(training, vocabulary).ids.astype(np.int32)
+    return make_batch([pair_row(row, (row + 1) % vocabulary) for row in rows], pad_id=0)
 
 
 def silent_batch(training: Training, audio: AudioInput) -> Batch:

@@ -194,7 +194,9 @@ class Evaluated(Answer, frozen=True):
     counts: Counts
     verified: VerifiedStamp
     memory: Memory
-    right: list[bool] = []  # of a classifier: whether its first choice for the row is the row's class
+    right: list[
+        bool
+    ] = []  # whether the first choice for a row is its class, or for a pair its own text in the batch
 
 
 class Gauged(Answer, frozen=True):

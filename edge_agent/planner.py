@@ -127,6 +127,11 @@ def row_tokens(manifest: Manifest, training: Training) -> int:
     return training.window_tokens if manifest.hears is None else manifest.positions_max
 
 
+def step_rows(manifest: Manifest, training: Training) -> int:
+    """Rows that go through the layers in a step: a pair is two texts."""
+    return training.batch_rows * (2 if manifest.task == "embed" else 1)
+
+
 def matrices(manifest: Manifest) -> list[tuple[int, int]]:
     """(rows, columns) of each frozen matrix of a block."""
     packed = 2 if "4" in manifest.weights_format else 1
@@ -147,7 +152,7 @@ def _candidates(manifest: Manifest, training: Training) -> Iterator[Plan]:
     small = min(_SMALL_SLICE, manifest.head_rows)
     where: Literal["plain", "half", "file"]
     for where in ("plain", "half", "file"):
-        rows = training.batch_rows
+        rows = step_rows(manifest, training)
         yield Plan(checkpoints=where, head_rows=small)
         while rows > 1:
             rows = -(-rows // 2)
@@ -181,7 +186,8 @@ def _nothing_fits(
 
 def _step_bytes(manifest: Manifest, training: Training, chosen: Plan, label_share: float) -> int:
     """Adapter, what waits for the way back, and the largest of the phases: they follow each other."""
-    rows = min(chosen.rows or training.batch_rows, training.batch_rows)
+    rows = step_rows(manifest, training)
+    rows = min(chosen.rows or rows, rows)
     length = row_tokens(manifest, training)
     tokens = rows * length
     hidden = tokens * manifest.hidden * _FLOAT

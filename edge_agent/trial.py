@@ -42,9 +42,12 @@ def on_terminal(what: str, done: int, of: int) -> None:
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """What `fedge agent train-once` found. Losses: nats per label (a token, or a classified row) of held-out rows."""
+    """What `fedge agent train-once` found. Losses: nats per label (a token, a classified row, or a pair) of held-out
+    rows.
+    """
 
     model: str
+    task: str
     loss_before: float
     loss_after: float
     held_out_rows: int
@@ -57,7 +60,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     left_out_rows: int  # of the training file: too long for the window, or empty
     threads: int
     adapter: str = ""  # the file that was written
-    # Of a classifier: share of held-out rows whose class is its first choice.
+    # Of a classifier: share of held-out rows whose class is its first choice; of pairs: whose own text in the batch is.
     accuracy_before: float | None = None
     accuracy_after: float | None = None
 
@@ -68,8 +71,9 @@ def text(trial: Trial) -> str:
     kept = f"\nadapter: {trial.adapter}" if trial.adapter else ""
     accuracy, unit, tokens = "", "token", f" ({trial.held_out_tokens} tokens)"
     if trial.accuracy_before is not None and trial.accuracy_after is not None:
-        accuracy = f", accuracy {trial.accuracy_before:.1%} -> {trial.accuracy_after:.1%}"
-        unit, tokens = "row", ""
+        what = "own text found in the batch" if trial.task == "embed" else "accuracy"
+        accuracy = f", {what} {trial.accuracy_before:.1%} -> {trial.accuracy_after:.1%}"
+        unit, tokens = "pair" if trial.task == "embed" else "row", ""
     return (
         f"{trial.model}: held-out loss {trial.loss_before:.3f} -> {trial.loss_after:.3f} nats per {unit}{accuracy}\n"
         f"over {trial.held_out_rows} rows{tokens} after {trial.steps} steps on "
@@ -131,6 +135,7 @@ def _trial(
     before, after = measured
     return Trial(
         model=manifest.model,
+        task=manifest.task,
         loss_before=before.loss_sum / max(before.labels, 1),
         loss_after=after.loss_sum / max(after.labels, 1),
         held_out_rows=len(before.nll),

@@ -57,12 +57,14 @@ class Warm:
                 reading=job.reading,
                 chat=manifest.chat,
                 classes=manifest.classes,
+                pairs=manifest.task == "embed",
             )
         give_back_memory()
         self._dataset = key, dataset
         return dataset
 
     def _trainer_of(self, bundle: Bundle, job: BundleJob) -> Trainer:
+        from edge_agent.planner import step_rows
         from edge_agent.probe import check_probe
         from edge_agent.trainer import Trainer
 
@@ -77,7 +79,7 @@ class Warm:
         seed = job.training.a_seed
         trainer = Trainer(bundle, job.threads, a_seed=seed, plan=job.plan, folder=scratch)
         if isinstance(job, Train | Gauge):
-            trainer.reserve(job.training.batch_rows, job.training.window_tokens)
+            trainer.reserve(step_rows(bundle.manifest, job.training), job.training.window_tokens)
         if job.verified != bundle.stamp:  # the first use since the agent began
             check_probe(trainer)
         self._trainer = key, trainer
@@ -90,7 +92,14 @@ def _verified(job: BundleJob) -> Bundle:
     bundle = open_bundle(
         Path(job.bundle), publisher=job.publisher, sha256=job.manifest, verified=job.verified
     )
-    window = job.training.window_tokens
+    window, pairs = job.training.window_tokens, job.training.batch_rows
+    if bundle.manifest.task == "embed" and pairs < 2:
+        raise ConfigError(
+            "a batch of one pair has nothing to be told from",
+            field="batch_rows",
+            value=pairs,
+            hint="Take 2 at the least; 16 to 64 learn more",
+        )
     if bundle.manifest.hears is None and window > bundle.manifest.positions_max:
         raise ConfigError("window is longer than the model's", field="window_tokens", value=window)
     return bundle

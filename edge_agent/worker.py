@@ -136,11 +136,13 @@ def evaluate(job: Evaluate, emit: Emit) -> Evaluated:
     adapter = campaign_rule(trainer, job.training, state).held(state)
     total = len(dataset.rows)
     nll, labels, done = [0.0] * total, [0] * total, 0
-    classifies = bundle.manifest.task == "classify"
-    right = [False] * total if classifies else []
+    chooses = bundle.manifest.task != "generate"
+    right = [False] * total if chooses else []
     size = job.training.batch_rows
+    if bundle.manifest.task == "embed":  # a pair by itself would have no loss
+        size = -(-total // max(1, total // size))
     for chosen, batch in evaluation_batches(dataset.rows, size=size, pad_id=bundle.manifest.pad_id):
-        if classifies:
+        if chooses:
             answer = trainer.answers(batch, adapter)
             sums, counts = answer.nll.astype(float), answer.rows
             for i, hit in zip(chosen, answer.right.tolist(), strict=True):
@@ -198,8 +200,7 @@ def gauge(job: Gauge, emit: Emit) -> Gauged:
     bundle, trainer = _warm.open_trainer(job)
     from edge_agent.gauge import step_seconds
 
-    label = 0 if bundle.manifest.task == "classify" else -1
-    seconds = step_seconds(trainer, job.training, bundle.manifest.vocabulary, label)
+    seconds = step_seconds(trainer, job.training)
     return Gauged(seconds=seconds, verified=bundle.stamp, memory=memory_used())
 
 

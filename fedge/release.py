@@ -9,7 +9,7 @@ will ever run. Nothing is opened before its hash is right.
 from __future__ import annotations
 
 import hashlib
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
@@ -77,6 +77,15 @@ class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tolerance: float
 
 
+class SentenceVectors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The vector that a bundle makes of a text: the mean over its tokens or the state of the first, of length one if
+    `normalised`.
+    """
+
+    pooling: Literal["mean", "cls"] = "mean"
+    normalised: bool = True
+
+
 def probe_tokens(count: int, vocabulary: int) -> list[int]:
     """The fixed input: ids from all over the vocabulary, the same everywhere."""
     return [(i * 7_919 + 11) % vocabulary for i in range(count)]
@@ -123,11 +132,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # What a classifier of recordings hears. Not in the manifests of texts, so that a device which knows nothing of it
     # refuses the one and takes the other.
     audio: AudioInput | msgspec.UnsetType = msgspec.UNSET
+    # What a bundle for sentence vectors makes of a text; not in other manifests, for the same reason.
+    vectors: SentenceVectors | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def hears(self) -> AudioInput | None:
         """How recordings are given to the model; None for a model of texts."""
         return None if isinstance(self.audio, msgspec.UnsetType) else self.audio
+
+    @property
+    def embeds(self) -> SentenceVectors | None:
+        """What the vector of a text is; None for a model that gives none."""
+        return None if isinstance(self.vectors, msgspec.UnsetType) else self.vectors
 
     @property
     def layout(self) -> AdapterLayout:
@@ -212,6 +228,10 @@ def _check(manifest: Manifest) -> None:
             raise UnsupportedError(
                 "a bundle that hears tells classes apart", field="task", value=manifest.task
             )
+    if (manifest.embeds is not None) != (manifest.task == "embed"):
+        raise UnsupportedError(
+            "a bundle for vectors says what they are", field="vectors", value=manifest.task
+        )
     if manifest.layer_kinds and len(manifest.layer_kinds) != manifest.layers:
         raise IntegrityError(
             "a kind for every layer, or none", field="layer_kinds", value=manifest.layer_kinds

@@ -49,6 +49,7 @@ from quantize.formats import EMBEDDING_FORMAT, WeightFormat
 from quantize.graph import operators
 from quantize.probe import make_probe
 from quantize.reference import positions_max
+from quantize.sentence_graphs import SentenceExam, sentence_graphs
 from quantize.source import Source, file_digest, load
 from quantize.training import head_dim, training_graphs
 from quantize.weights import Progress, quantise, write_weights
@@ -72,12 +73,13 @@ def quantize(
     chosen: Callable[[Choice], None] | None = None,
     classes: Sequence[str] = (),
     seconds: float = 0,
+    task: str = "",
 ) -> Manifest:
     """Write the bundle of the model `source` to the folder `out`, signed by `key`, and return its manifest.
 
     `progress(phase, fraction)` is told how far each phase is, `chosen` which format was taken and why; `memory_bytes`
     is that of the smallest board; `classes` are names for what a classifier tells apart, `seconds` the window of one
-    that hears.
+    that hears; `task` is what the bundle is for, "" = what the folder says.
 
     Raises UsageError when `out` exists, the refusals of `source.load`, GateError when the graphs do not compute what
     torch computes, StorageError. Nothing is left behind.
@@ -88,14 +90,14 @@ def quantize(
             "the bundle folder exists already", field="out", value=str(out), hint="Choose another one"
         )
     tell("read", 0.0)
-    loaded = load(source, classes, seconds)
+    loaded = load(source, classes, seconds, task)
     check_layers(loaded.model)
     _ = loaded.anatomy  # refuses what cannot be taken apart before anything is written
     choice = choose(loaded, weights_format, memory_bytes=memory_bytes)
     fmt = choice.format
     if chosen is not None:
         chosen(choice)
-    if loaded.classes:
+    if loaded.task != "generate":
         lora = with_targets(loaded.model, lora)
         lora = msgspec.structs.replace(lora, modules_to_save=loaded.anatomy.tail.modules)
     shapes = adapted_modules(loaded.model, graph_config(loaded.model, lora))
@@ -126,19 +128,18 @@ class _Build:
         self._source, self._lora, self._format, self._head_rows = source, lora, fmt, head_rows
         self._folder = folder
         lora = graph_config(source.model, lora)  # of here on: what the graphs are made for
-        classifies = AudioExam if source.audio else ClassifierExam
-        make = classifies if source.classes else gates.Exam
-        exam = make.of(source, exact=is_exact(source, fmt.name), fmt=fmt, lora=lora)
+        exam = _exam_for(source).of(source, exact=is_exact(source, fmt.name), fmt=fmt, lora=lora)
         # A fit needs text that the model writes.
-        fits = fmt.name in FITTED and not exam.exact and not source.classes
+        fits = fmt.name in FITTED and not exam.exact and source.task == "generate"
         fitted = fit(source, fmt, tell) if fits else None
         tensors = quantise(source, fmt, tell, fitted)
         self._places: Mapping[str, TensorPlace] = write_weights(folder / WEIGHTS, tensors)
         centred = centred_matrices(tensors, fmt)
         del tensors
         infer = None
-        if source.classes:
-            graphs = classifier_graphs(source.anatomy, lora, fmt, tell)
+        if source.task != "generate":
+            make = classifier_graphs if source.classes else sentence_graphs
+            graphs = make(source.anatomy, lora, fmt, tell)
         else:
             graphs = training_graphs(source.anatomy, lora, fmt, tell)
             try:
@@ -177,7 +178,7 @@ class _Build:
             heads=config.num_attention_heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=head_dim(source.model),
-            positions_max=longest_text(source) if source.classes else positions_max(config),
+            positions_max=positions_max(config) if source.task == "generate" else longest_text(source),
             head_tied=anatomy.head_tied,
             layer_path=anatomy.layers_path,
             layer_kinds=anatomy.kinds,
@@ -187,7 +188,7 @@ class _Build:
             lora=self._lora,
             lora_shapes=shapes,
             aux=anatomy.aux_outputs,
-            head_rows=0 if source.classes else self._head_rows,
+            head_rows=self._head_rows if source.task == "generate" else 0,
             operators=tuple(sorted(self._operators)),
             runtime_min=RUNTIME_MIN,
             tensors=dict(self._places),
@@ -198,16 +199,25 @@ class _Build:
             gates=self._gates,
             chat=chat_format(source.chat_template, source.template_tokens, source.tokenizer, source.eos_id),
             publisher=publisher,
-            task="classify" if source.classes else "generate",
+            task=source.task,
             classes=source.classes,
             dense={name: self._places[DENSE + name].shape for name in anatomy.tail.trained},
             audio=source.audio or msgspec.UNSET,
+            vectors=source.vectors or msgspec.UNSET,
         )
-        if source.classes:
+        if source.task != "generate":
             return made
         tensors = map_weights(self._folder / WEIGHTS, self._places)
         probe = make_probe(self._folder, tensors, anatomy, made.layout, self._format, self._head_rows)
         return msgspec.structs.replace(made, probe=probe)
+
+
+def _exam_for(source: Source) -> type[gates.Exam | ClassifierExam]:
+    if source.task == "generate":
+        return gates.Exam
+    if source.vectors is not None:
+        return SentenceExam
+    return AudioExam if source.audio else ClassifierExam
 
 
 @contextmanager

@@ -10,10 +10,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Self
 
 import numpy as np
 import torch
@@ -43,13 +44,12 @@ from quantize.runner import Array, Runner
 from quantize.source import Source
 from quantize.weights import Progress, quantise
 
-GRAPHS: Final = ("prologue", "block_fwd", "block_bwd", "classify")
+BLOCK_GRAPHS: Final = ("prologue", "block_fwd", "block_bwd")
 LOGITS_ERROR_MAX: Final = 1e-3  # relative, of the graphs against torch; measured 2e-6
 LOGITS_CHANGE_MAX: Final = 0.25  # relative, of the quantised model against its source; int8g 0.01, int4d 0.1
 EXACT_LOGITS_CHANGE_MAX: Final = 1e-3
 HEAD_ERROR_MAX: Final = 1e-5  # relative, of the head in two graphs against the head in one; measured 0
 _CUT_VOCABULARY: Final = 320
-_CUT_SHAPES: Final = ((1, 5), (3, 17), (2, 40))
 _POSITIONS: Final = 640
 _PROBED_MAX: Final = 4_096  # a mask of so many squared is 67 MB
 
@@ -62,25 +62,31 @@ class LabelledBatch:
     mask: Array
     labels: Array
 
-    @staticmethod
-    def of(rows: Sequence[Sequence[int]], labels: Sequence[int], pad: int) -> LabelledBatch:
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], labels: Sequence[int], pad: int) -> Self:
         """Rows of any lengths."""
         width = max(map(len, rows))
         ids = np.full((len(rows), width), pad, np.int64)
         mask = np.zeros_like(ids)
         for row, tokens in enumerate(rows):
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-        return LabelledBatch(ids, mask, np.array(labels, np.int64))
+        return cls(ids, mask, np.array(labels, np.int64))
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """The mean loss of logits [B, C] in nats."""
+        return torch.nn.functional.cross_entropy(logits, torch.from_numpy(self.labels))
 
 
 class ClassifierRunner(Runner):
     """Loss, logits and gradients by the graphs of a bundle; dense tensors are absolute, by `dense/NAME`."""
 
+    graphs: ClassVar[tuple[str, ...]] = (*BLOCK_GRAPHS, "classify")
+
     def __init__(
         self, folder: Path, tensors: Mapping[str, Array], layers: int, *, kinds: Sequence[str] = ()
     ) -> None:
         halves = [Path(file).stem for file in (FEATURES_FILE, HEAD_FILE) if (folder / file).exists()]
-        super().__init__(folder, tensors, layers, 0, kinds=kinds, graphs=(*GRAPHS, *halves))
+        super().__init__(folder, tensors, layers, 0, kinds=kinds, graphs=(*self.graphs, *halves))
         self.in_two = bool(halves)
 
     def prologue(self, ids: Array, mask: Array) -> dict[str, Array]:
@@ -107,12 +113,23 @@ class ClassifierRunner(Runner):
         found = self.head(inputs[-1], batch, adapter)
         nll, logits, flow = found.pop("nll"), found.pop("logits"), found.pop("gh") / count
         gradients = {name.removeprefix("g:"): value / count for name, value in found.items()}
+        return nll, logits, gradients | self.backward(flow, inputs, aux, adapter)
+
+    def backward(
+        self,
+        flow: Array,
+        inputs: Sequence[Array],
+        aux: Mapping[str, Array],
+        adapter: Mapping[str, Array],
+    ) -> dict[str, Array]:
+        """Gradients of A and B of every layer, from the one by the last block's output."""
+        gradients: dict[str, Array] = {}
         for index in reversed(range(self._layers)):
             more = self._layer(index, adapter) | self._own_aux(index, aux)
             by_name = self._named("block_bwd", more, x=inputs[index], gy=flow)
             flow = by_name.pop("gx")
             gradients |= {f"L{index}/{name.removeprefix('g:')}": v for name, v in by_name.items()}
-        return nll, logits, gradients
+        return gradients
 
     def head(self, h: Array, batch: LabelledBatch, adapter: Mapping[str, Array]) -> dict[str, Array]:
         """What the head makes of the last block's output: nll, logits, gh, g:dense/NAME; gradients of the sum."""
@@ -133,6 +150,9 @@ class ClassifierRunner(Runner):
 class ClassifierExam:
     """Takes the source's answers before its weights are quantised, and compares afterwards."""
 
+    runner: ClassVar[type[ClassifierRunner]] = ClassifierRunner
+    batches: ClassVar[type[LabelledBatch]] = LabelledBatch
+    cut_shapes: ClassVar = ((1, 5), (3, 17), (2, 40))  # rows, tokens of the longest
     source: Source
     lora: LoraConfig
     fmt: WeightFormat
@@ -141,13 +161,13 @@ class ClassifierExam:
     logits: Tensor
 
     @classmethod
-    def of(cls, source: Source, *, exact: bool, fmt: WeightFormat, lora: LoraConfig) -> ClassifierExam:
+    def of(cls, source: Source, *, exact: bool, fmt: WeightFormat, lora: LoraConfig) -> Self:
         """With a few sentences as the model is used to see them, framed by its special tokens."""
         tokenizer = Tokenizer.from_str(source.tokenizer.decode())
         width = longest_text(source)
         rows = [tokenizer.encode(text).ids[:width] for text in gates.TEXTS]
-        labels = [row % len(source.classes) for row in range(len(rows))]
-        batch = LabelledBatch.of(rows, labels, source.pad_id)
+        labels = [row % max(len(source.classes), 1) for row in range(len(rows))]
+        batch = cls.batches.of(rows, labels, source.pad_id)
         return cls(source, lora, fmt, exact, batch, logits_of(source.model, batch))
 
     def run(self, draft: Draft, tell: Progress) -> dict[str, float]:
@@ -158,7 +178,7 @@ class ClassifierExam:
         figures |= self._quantisation()
         anatomy = self.source.anatomy
         tensors = map_weights(draft.folder / WEIGHTS, draft.places)
-        runner = ClassifierRunner(draft.folder, tensors, len(anatomy.layers), kinds=anatomy.kinds)
+        runner = self.runner(draft.folder, tensors, len(anatomy.layers), kinds=anatomy.kinds)
         tell("gates", 0.5)
         figures |= self._whole(runner) | self._halves(runner)
         tell("gates", 1.0)
@@ -172,10 +192,10 @@ class ClassifierExam:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = encoders.like(self.source.model, config)
-        small = Source(model, "", b"", "", "", "", 0, pad, classes=self.source.classes)
+        small = dataclasses.replace(self.source, model=model, pad_id=pad, exact={})
         tensors = quantise(small, self.fmt, lambda phase, fraction: None)
         kinds = [anatomy.kinds[index] for index in chosen] if anatomy.kinds else ()
-        runner = ClassifierRunner(folder, tensors, len(chosen), kinds=kinds)
+        runner = self.runner(folder, tensors, len(chosen), kinds=kinds)
         random, errors = np.random.default_rng(0), []
         adapter = {**random_adapter(model, self.lora, random, scale=0.02), **_head(small)}
         for batch in self._cut_batches(random, pad):
@@ -186,14 +206,14 @@ class ClassifierExam:
         return cut_config(self.source.model.config, layers, _CUT_VOCABULARY)
 
     def _cut_batches(self, random: np.random.Generator, pad: int) -> Iterator[LabelledBatch]:
-        for count, width in _CUT_SHAPES:
+        for count, width in self.cut_shapes:
             width = min(width, longest_text(self.source))
             rows = [
                 random.integers(pad + 1, _CUT_VOCABULARY, max(3, width - 2 * row)).tolist()
                 for row in range(count)
             ]
-            labels = random.integers(0, len(self.source.classes), count).tolist()
-            yield LabelledBatch.of(rows, labels, pad)
+            labels = random.integers(0, max(len(self.source.classes), 1), count).tolist()
+            yield self.batches.of(rows, labels, pad)
 
     def _quantisation(self) -> dict[str, float]:
         found = logits_of(self.source.model, self.batch)
@@ -280,14 +300,14 @@ def compare(
 def torch_answers(
     model: Any, lora: LoraConfig, adapter: Mapping[str, Array], batch: LabelledBatch
 ) -> tuple[float, Array, dict[str, Array]]:
-    """(mean loss, logits, gradients of A, B and head) by torch autograd through the model's own modules."""
+    """(mean loss, logits, gradients of A, B and head) of a batch by torch autograd through the model's own modules."""
     leaves = {name: torch.from_numpy(np.array(value)).requires_grad_() for name, value in adapter.items()}
     head = {name.removeprefix(DENSE): value for name, value in leaves.items() if name.startswith(DENSE)}
     model.requires_grad_(False)
     words = words_of(model, torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
     with adapted(model, lora, leaves):
         logits = torch.func.functional_call(model, head, (), words).logits
-        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.labels))
+        loss = batch.loss(logits)
         found = torch.autograd.grad(loss, list(leaves.values()))
     gradients = {name: value.numpy() for name, value in zip(leaves, found, strict=True)}
     return loss.item(), logits.detach().numpy(), gradients
@@ -318,7 +338,13 @@ def hidden_of(source: Source, batch: Batch | LabelledBatch) -> Array:
 
 
 def longest_text(source: Source) -> int:
-    """How many tokens the model takes. Some families count positions from behind the padding token's number."""
+    """How many tokens the model takes, and no more than its maker has it read."""
+    longest = _longest_taken(source)
+    return min(longest, source.tokens_max or longest)
+
+
+def _longest_taken(source: Source) -> int:
+    """Some families count positions from behind the padding token's number."""
     told = positions_max(source.model.config)
     if source.audio is not None:
         return source.audio.positions

@@ -1,4 +1,4 @@
-"""The head of a classifier as one graph, and its training graphs.
+"""The training graphs of an encoder, and the head of a classifier as one graph.
 
 `classify.onnx` takes the last layer's output and everything that is trained in full, and gives loss and logits of every
 row, the gradient by the hidden states, and the gradient by each trained tensor. Gradients are of the *sum* of the
@@ -6,6 +6,8 @@ losses: sums add up over pieces of a batch, means do not.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import onnx
 import torch
@@ -32,7 +34,19 @@ from quantize.weights import Progress
 def classifier_graphs(
     anatomy: Anatomy, lora: LoraConfig, fmt: WeightFormat, tell: Progress
 ) -> dict[str, onnx.ModelProto]:
-    """File name -> graph: prologue, block there and back with its variants, and the head, in two as well if it can."""
+    """File name -> graph: those of an encoder, and the head, in two as well if it can."""
+    whole = expand_powers(fold(export_head(anatomy)))
+    return encoder_graphs(anatomy, lora, fmt, tell, {"classify.onnx": whole, **features_and_head(whole)})
+
+
+def encoder_graphs(
+    anatomy: Anatomy,
+    lora: LoraConfig,
+    fmt: WeightFormat,
+    tell: Progress,
+    ending: Mapping[str, onnx.ModelProto],
+) -> dict[str, onnx.ModelProto]:
+    """File name -> graph: prologue, block there and back with its variants, and the `ending` behind the last block."""
     block = block_in_pieces(anatomy, frozen_block(anatomy, lora))
     _, frozen = block_parameters(block)
     shapes = {name: tuple(value.shape) for name, value in frozen.items() if name.endswith(".w")}
@@ -44,9 +58,8 @@ def classifier_graphs(
         "prologue.onnx": lower(fold(export_prologue(anatomy)), table, EMBEDDING_FORMAT),
         "block_fwd.onnx": lower(select(joint, ["y"]), shapes, fmt.name),
         "block_bwd.onnx": lower(select(joint, backward), shapes, fmt.name),
-        "classify.onnx": expand_powers(fold(export_head(anatomy))),
+        **ending,
     }
-    graphs |= features_and_head(graphs["classify.onnx"])
     variants = block_variants(joint)
     graphs |= {f"{name}.onnx": lower(graph, shapes, fmt.name) for name, graph in variants.items()}
     tell("export", 0.9)
@@ -89,12 +102,12 @@ def export_head(anatomy: Anatomy) -> onnx.ModelProto:
     outputs = ("nll", "logits", "gh", *(f"g:{name}" for name in dense))
     try:
         # What the embeddings still do for stubs that do not listen is left out.
-        return _read_only(traced_graph(joint, tensors, shapes, names, outputs, pure=True))
+        return read_only(traced_graph(joint, tensors, shapes, names, outputs, pure=True))
     except Exception as error:  # whatever a head's own code may raise under a tracer
         raise untraceable("what comes after the layers", anatomy.model, error) from error
 
 
-def _read_only(model: onnx.ModelProto) -> onnx.ModelProto:
+def read_only(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model without inputs that nothing reads."""
     used = {name for node in model.graph.node for name in node.input}
     for value in [value for value in model.graph.input if value.name not in used]:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from fedge.errors import ConfigError, NoInputError, UsageError
+from fedge.release import TASKS
 from quantize.lora_flags import add_lora_flags, lora_of
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ examples:
   fedge quantize ./my-llama --out bundle --lora-rank 16 --lora-targets all-linear --rslora
   fedge quantize owner/name --out bundle --format int8g --key publisher.pem
   fedge quantize ./minilm --out bundle --classes-from intents.txt     a classifier of a bare encoder
-  fedge quantize ./whisper --out bundle --classes yes,no --seconds 1  the same for sound
+  fedge quantize ./minilm --out bundle --task embed                   sentence vectors, trained on pairs
+  fedge quantize ./whisper --out bundle --classes yes,no --seconds 1  a classifier of sound
 
 Weights are read as safetensors or GGUF; code that comes with a model is never run.
 """
@@ -57,6 +59,9 @@ _GATES: Final = {
     "head_error": "a classifier's head in two graphs against the head in one, relative",
     "logits_error": "logits against torch, relative",
     "logits_change": "logits of the source against the quantised weights, relative",
+    "vector_error": "sentence vectors against torch, relative",
+    "vector_change": "sentence vectors of the source against the quantised weights, relative",
+    "vector_cosine": "the same, as the smallest cosine",
     "aux_error": "masks and positions against torch",
     "position_error": "hidden states at the worst position against torch, relative",
     "cache_error": "decoding with a cache against without, nats a token",
@@ -102,6 +107,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     names.add_argument(
         "--classes-from", type=Path, metavar="FILE", help="the same from a file, one name a line"
+    )
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        default="",
+        help="what the bundle is for (default: what the model's head is for, embed where the folder is one of "
+        "sentence-transformers)",
     )
     parser.add_argument(
         "--seconds",
@@ -154,6 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
             chosen=taken.append,
             classes=classes,
             seconds=arguments.seconds,
+            task=arguments.task,
         )
     summary = _summary(manifest, arguments.out, taken[0])
     print(json.dumps(summary) if arguments.json else _text(summary))
@@ -165,7 +178,7 @@ def _dry_run(arguments: argparse.Namespace, lora: LoraConfig, classes: tuple[str
 
     from quantize.dry_run import forecast
 
-    found = dataclasses.asdict(forecast(arguments.model, lora, arguments.format, classes))
+    found = dataclasses.asdict(forecast(arguments.model, lora, arguments.format, classes, arguments.task))
     if arguments.json:
         print(json.dumps(found))
         return 0
@@ -262,6 +275,11 @@ def _summary(manifest: Manifest, out: Path, choice: Choice) -> dict[str, Any]:
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "task": manifest.task,
         **({"hears_seconds": manifest.hears.seconds} if manifest.hears else {}),
+        **(
+            {"pooling": manifest.embeds.pooling, "normalised": manifest.embeds.normalised}
+            if manifest.embeds
+            else {}
+        ),
         "adapter_numbers": manifest.layout.numbers,
         **_head_of(manifest),
         "generates": "infer.onnx" in manifest.files,

@@ -34,15 +34,17 @@ from fedge.release import (
     WEIGHTS,
     FileEntry,
     Manifest,
+    SentenceVectors,
     TensorPlace,
     encode_manifest,
     sign_manifest,
 )
 from quantize.audio import is_audio
 from quantize.blocks import adapted_modules, graph_config, linears_of, matrix_of
-from quantize.encoders import outline_classifier, with_targets
+from quantize.encoders import outline_classifier, task_of, with_targets
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat
-from quantize.source import no_classes
+from quantize.sentences import outline_sentences, vectors_of
+from quantize.source import no_classes, other_task
 from quantize.supported import check_config, kind_of
 from quantize.tail import norms_of
 from quantize.watching import layers_of, layers_path_of
@@ -81,6 +83,12 @@ class Outline:
     tokenizer_bytes: int
     grids: frozenset[str] = frozenset()  # types of the matrices in a GGUF; empty for a folder
     classes: tuple[str, ...] = ()  # of a classifier
+    vectors: SentenceVectors | None = None  # of a sentence encoder
+
+    @property
+    def task(self) -> str:
+        """As `source.Source.task`."""
+        return "embed" if self.vectors is not None else "classify" if self.classes else "generate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +108,12 @@ class Forecast:
     boards: list[dict[str, Any]]
 
 
-def forecast(source: str, lora: LoraConfig, requested: str | None, classes: Sequence[str] = ()) -> Forecast:
+def forecast(
+    source: str, lora: LoraConfig, requested: str | None, classes: Sequence[str] = (), task: str = ""
+) -> Forecast:
     """Raises the refusals that quantising itself would raise for this configuration, before any weight is read."""
-    outline = outline_of(source, classes)
-    if outline.classes:
+    outline = outline_of(source, classes, task)
+    if outline.task != "generate":
         lora = with_targets(outline.model, lora)
     fmt, exact, reason = _format(outline, requested)
     manifest = draft(outline, lora, fmt)
@@ -130,8 +140,8 @@ def forecast(source: str, lora: LoraConfig, requested: str | None, classes: Sequ
     )
 
 
-def outline_of(source: str, classes: Sequence[str] = ()) -> Outline:
-    """The outline of a model folder or a GGUF; `classes` are names for what a classifier tells apart.
+def outline_of(source: str, classes: Sequence[str] = (), task: str = "") -> Outline:
+    """The outline of a model folder or a GGUF; `classes` and `task` as `source.load` has them.
 
     Raises what loading it would; UnsupportedError for a hub id.
     """
@@ -144,13 +154,15 @@ def outline_of(source: str, classes: Sequence[str] = ()) -> Outline:
             hint="Download the model first",
         )
     if place.kind != "gguf":
-        return _of_folder(place.path, classes)
+        return _of_folder(place.path, classes, task)
     if classes:
         raise no_classes(place.path.name)
+    if task not in ("", "generate"):
+        raise other_task(place.path.name, task)
     return _of_gguf(place.path)
 
 
-def _of_folder(folder: Path, classes: Sequence[str]) -> Outline:
+def _of_folder(folder: Path, classes: Sequence[str], task: str) -> Outline:
     from transformers import AutoConfig
 
     try:
@@ -169,11 +181,15 @@ def _of_folder(folder: Path, classes: Sequence[str]) -> Outline:
     vocabulary = folder / "tokenizer.json"
     size = vocabulary.stat().st_size if vocabulary.is_file() else 0
     name = folder.resolve().name
-    if kind_of(architecture) != "generate":
+    if classes and kind_of(architecture) == "generate":
+        raise no_classes(architecture)
+    task = task_of(folder, architecture, classes, task)
+    if task == "embed":
+        vectors = vectors_of(folder)
+        return Outline(outline_sentences(config, vectors), architecture, name, size, vectors=vectors)
+    if task == "classify":
         opened = outline_classifier(config, architecture, classes)
         return Outline(opened.model, architecture, name, size, classes=opened.classes)
-    if classes:
-        raise no_classes(architecture)
     return Outline(_skeleton(config), architecture, name, size)
 
 
@@ -235,7 +251,10 @@ def draft(outline: Outline, lora: LoraConfig, fmt: WeightFormat) -> Manifest:
     path, layers = layers_path_of(model), layers_of(model)
     places, size = _laid_out(model, layers, fmt)
     graphs = dict.fromkeys(_GRAPHS, _GRAPH_BYTES)
-    graphs["classify.onnx" if outline.classes else "infer.onnx"] = _GRAPH_BYTES_LAYER * len(layers)
+    if outline.task == "embed":
+        graphs |= dict.fromkeys(("pool.onnx", "pool_bwd.onnx"), _GRAPH_BYTES // 10)
+    else:
+        graphs["classify.onnx" if outline.classes else "infer.onnx"] = _GRAPH_BYTES_LAYER * len(layers)
     sizes = {WEIGHTS: size, TOKENIZER: outline.tokenizer_bytes, **graphs}
     heads = int(getattr(config, "num_attention_heads", 1))
     hidden = model.get_input_embeddings().weight.shape[1]
@@ -260,7 +279,7 @@ def draft(outline: Outline, lora: LoraConfig, fmt: WeightFormat) -> Manifest:
         lora=lora,
         lora_shapes=adapted_modules(model, graph_config(model, lora)),
         aux=(),
-        head_rows=0 if outline.classes else 4096,
+        head_rows=4096 if outline.task == "generate" else 0,
         operators=(),
         runtime_min="0",
         tensors=places,
@@ -268,8 +287,9 @@ def draft(outline: Outline, lora: LoraConfig, fmt: WeightFormat) -> Manifest:
         gates={},
         publisher="",
         layer_path=path,
-        task="classify" if outline.classes else "generate",
+        task=outline.task,
         classes=outline.classes,
+        vectors=outline.vectors or msgspec.UNSET,
         dense={
             name.removeprefix(DENSE): place.shape for name, place in places.items() if name.startswith(DENSE)
         },

@@ -27,6 +27,7 @@ from fedge.lora import LoraConfig
 from quantize.blocks import linears_of
 from quantize.checkpoint import read_checkpoint
 from quantize.inputs import hears
+from quantize.sentences import SentenceEncoder, mean_of, says_vectors
 from quantize.supported import kind_of
 from quantize.watching import layers_of
 
@@ -78,9 +79,34 @@ class MeanPooled(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> SequenceClassifierOutput:
         """Logits [B, C] of ids [B, S]."""
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weights = attention_mask[:, :, None].to(hidden.dtype)
-        mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-        return SequenceClassifierOutput(logits=self.classifier(mean))
+        return SequenceClassifierOutput(logits=self.classifier(mean_of(hidden, attention_mask)))
+
+
+def task_of(folder: Path, architecture: str, classes: Sequence[str], asked: str = "") -> str:
+    """What a model folder is made a bundle for: as the user `asked`, else as the folder says.
+
+    A folder of sentence-transformers without a classifier's head is for vectors, unless classes are named. Raises
+    UsageError for what the model cannot be asked.
+    """
+    kind = kind_of(architecture)
+    if not asked and not classes and kind != "classify" and says_vectors(folder):
+        return "embed"
+    found = "generate" if kind == "generate" else "classify"
+    if asked == "embed" and classes:
+        raise UsageError(
+            "vectors tell no classes apart",
+            field="classes",
+            value=", ".join(classes[:4]),
+            hint="Leave out --classes, or --task embed",
+        )
+    if asked not in ("", "embed", found):
+        raise UsageError(
+            f"this model is there to {found}, not to {asked}",
+            field="task",
+            value=architecture,
+            hint=f"--task {found}, or --task embed for sentence vectors",
+        )
+    return asked or found
 
 
 def open_classifier(folder: Path, architecture: str, classes: Sequence[str]) -> Classifier:
@@ -115,7 +141,7 @@ def check_fresh(architecture: str, classes: Sequence[str]) -> None:
             "this model has no head: name the classes that it shall tell apart",
             field="classes",
             value=architecture,
-            hint="--classes yes,no or --classes-from FILE, one a line",
+            hint="--classes yes,no or --classes-from FILE, one a line; or --task embed for sentence vectors",
         )
     check_names(classes)
 
@@ -160,6 +186,8 @@ def like(model: Any, config: Any) -> Any:
     how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     if isinstance(model, MeanPooled):
         return MeanPooled(AutoModel.from_config(config, **how), model.classifier.out_features).eval()
+    if isinstance(model, SentenceEncoder):
+        return SentenceEncoder(AutoModel.from_config(config, **how), model.makes).eval()
     make = AutoModelForAudioClassification if hears(model) else AutoModelForSequenceClassification
     return make.from_config(config, **how).eval()
 

@@ -21,13 +21,15 @@ from transformers import AutoModelForCausalLM
 from fedge.audio import AudioInput
 from fedge.errors import DataError, NoInputError, UnavailableError, UnsupportedError, UsageError
 from fedge.io.model_source import ModelSource, resolve_model
+from fedge.release import SentenceVectors
 from quantize import tokenizer as tokenizers
 from quantize.anatomy import Anatomy, dissect
 from quantize.audio import check_audio_config, is_audio, open_audio
 from quantize.chat_template import template_in, tokens_in
 from quantize.checkpoint import read_checkpoint
-from quantize.encoders import open_classifier
+from quantize.encoders import open_classifier, task_of
 from quantize.formats import Parts
+from quantize.sentences import longest_said, open_sentences, vectors_of
 from quantize.supported import check_config, kind_of
 
 _HUB_FILES: Final = [
@@ -44,7 +46,7 @@ _README_LICENCE: Final = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
 
 @dataclass(frozen=True)  # without slots: a property is cached
 class Source:
-    """A causal LM or a classifier in float32 with eager attention, ready to be taken apart.
+    """A causal LM, a classifier or a sentence encoder in float32 with eager attention, ready to be taken apart.
 
     `exact` holds matrices that already lie on a grid of ours: parameter name -> (format name, parts).
     """
@@ -60,8 +62,15 @@ class Source:
     exact: dict[str, tuple[str, Parts]] = field(default_factory=dict)
     chat_template: str = ""
     template_tokens: dict[str, str] = field(default_factory=dict)  # special tokens that the template names
-    classes: tuple[str, ...] = ()  # of a classifier, by index; () = a causal LM
+    classes: tuple[str, ...] = ()  # of a classifier, by index
     audio: AudioInput | None = None  # what a classifier of sound hears; such a source has no tokenizer
+    vectors: SentenceVectors | None = None  # what a sentence encoder makes of a text
+    tokens_max: int = 0  # after so many its maker has texts cut; 0 = as the model takes them
+
+    @property
+    def task(self) -> str:
+        """What its bundle is for: one of `fedge.release.TASKS`."""
+        return "embed" if self.vectors is not None else "classify" if self.classes else "generate"
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -69,10 +78,10 @@ class Source:
         return dissect(self.model)
 
 
-def load(text: str, classes: Sequence[str] = (), seconds: float = 0) -> Source:
+def load(text: str, classes: Sequence[str] = (), seconds: float = 0, task: str = "") -> Source:
     """The model that `text` names (registered name, .gguf file, folder, hub id); `classes` are names for its outputs.
 
-    `seconds` are what a model of sound shall hear at once, 0 = all that it can.
+    `seconds` are what a model of sound shall hear at once, 0 = all that it can; `task` as `encoders.task_of` has it.
 
     Raises NoInputError, DataError, UnsupportedError, or UnavailableError when the hub cannot be reached.
     """
@@ -85,6 +94,8 @@ def load(text: str, classes: Sequence[str] = (), seconds: float = 0) -> Source:
             raise no_classes(place.path.name)
         if seconds:
             raise _no_seconds(place.path.name)
+        if task not in ("", "generate"):
+            raise other_task(place.path.name, task)
         return load_gguf(place.path, licence=place.licence)
     folder = place.path if place.path is not None else _from_hub(place)
     return _load_folder(
@@ -93,6 +104,7 @@ def load(text: str, classes: Sequence[str] = (), seconds: float = 0) -> Source:
         licence=place.licence,
         classes=classes,
         seconds=seconds,
+        task=task,
     )
 
 
@@ -127,10 +139,18 @@ def check_counts(model: Any, eos: int) -> None:
 
 
 def _load_folder(
-    folder: Path, *, name: str, licence: str, classes: Sequence[str] = (), seconds: float = 0
+    folder: Path,
+    *,
+    name: str,
+    licence: str,
+    classes: Sequence[str] = (),
+    seconds: float = 0,
+    task: str = "",
 ) -> Source:
     config = _read_json(folder / "config.json")
     if is_audio(config):
+        if task not in ("", "classify"):
+            raise other_task(str(config["model_type"]), task)
         return _load_audio(folder, config, (name, licence), classes, seconds)
     architecture = check_config(config)
     if seconds:
@@ -138,16 +158,21 @@ def _load_folder(
     weights = _weights_of(folder)
     vocabulary = _tokenizer_of(folder)
     tokenizers.check_ids(vocabulary, int(config["vocab_size"]))
-    if kind_of(architecture) == "generate":
-        if classes:
-            raise no_classes(architecture)
+    if classes and kind_of(architecture) == "generate":
+        raise no_classes(architecture)
+    task = task_of(folder, architecture, classes, task)
+    vectors = vectors_of(folder) if task == "embed" else None
+    if task == "generate":
         eos, pad = _end_and_pad(config, folder)
         model = read_checkpoint(AutoModelForCausalLM, folder)
     else:
         pad = _pad_of(config)
         eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else pad
-        opened = open_classifier(folder, architecture, classes)
-        model, classes = opened.model, opened.classes
+        if vectors is not None:
+            model = open_sentences(folder, vectors)
+        else:
+            opened = open_classifier(folder, architecture, classes)
+            model, classes = opened.model, opened.classes
     check_counts(model, eos)
     words = (
         _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
@@ -165,6 +190,8 @@ def _load_folder(
         chat_template=template_in(folder, words),
         template_tokens=tokens_in(words),
         classes=tuple(classes),
+        vectors=vectors,
+        tokens_max=longest_said(folder) if vectors is not None else 0,
     )
 
 
@@ -216,6 +243,11 @@ def no_classes(what: str) -> UsageError:
         value=what,
         hint="Give an encoder, or a checkpoint for sequence classification",
     )
+
+
+def other_task(what: str, task: str) -> UsageError:
+    """The refusal of a task that such a model cannot have."""
+    return UsageError(f"no bundle to {task} can be made of it", field="task", value=what)
 
 
 def _no_seconds(what: str) -> UsageError:

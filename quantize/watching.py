@@ -53,7 +53,7 @@ def repeated(model: nn.Module) -> tuple[str, list[nn.Module]]:
     if not lists:
         raise odd("no list of layers in this model", "layers", type(model).__name__)
     path, found = max(lists, key=lambda entry: sum(value.numel() for value in entry[1].parameters()))
-    return path, list(found)
+    return path.removeprefix(getattr(model, "within", "")), list(found)
 
 
 def check_numbers(model: nn.Module) -> None:

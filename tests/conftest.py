@@ -52,6 +52,8 @@ def _bundle_of(item: pytest.Item) -> str | None:
         return "smollm2"
     if "classifier_folder" in fixtures:
         return "classifiers"
+    if "sentence_folder" in fixtures:
+        return "sentences"
     if "audio_folder" in fixtures:
         return "audio"
     call = getattr(item, "callspec", None)
@@ -191,6 +193,31 @@ def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
             )
 
         return _once(tmp_path_factory, f"classifier-{name}", make)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def sentence_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """(name in `encoders.POOLINGS`) -> a folder with that sentence encoder's `model` and its `bundle`. Read-only."""
+    import encoders
+
+    from fedge.lora import LoraConfig
+    from quantize.bundle import quantize
+
+    def of(name: str) -> Path:
+        def make(out: Path) -> None:
+            out.mkdir()
+            quantize(
+                str(encoders.write_sentences(out / "model", name)),
+                out / "bundle",
+                tiny.PUBLISHER,
+                lora=LoraConfig(r=4, alpha=8.0),
+                weights_format="int8g",
+                task="embed",
+            )
+
+        return _once(tmp_path_factory, f"sentences-{name}", make)
 
     return of
 

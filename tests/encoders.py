@@ -93,6 +93,34 @@ def write_model(folder: Path, name: str) -> Path:
     return folder
 
 
+POOLINGS: Final = {"mean": ("mean", True), "cls": ("cls", False), "plain": None}
+
+
+def write_sentences(folder: Path, name: str) -> Path:
+    """A bare encoder as sentence-transformers saves one: pooling and whether length is one; `plain` says nothing."""
+    write_model(folder, "bare")
+    made = POOLINGS[name]
+    if made is not None:
+        write_modules(folder, *made)
+    return folder
+
+
+def write_modules(folder: Path, pooling: str, normalised: bool) -> None:
+    """What sentence-transformers writes beside a model."""
+    steps = [("Transformer", ""), ("Pooling", "1_Pooling"), *([("Normalize", "2_Normalize")] * normalised)]
+    modules = [
+        {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{step}"}
+        for n, (step, path) in enumerate(steps)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    modes = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "lasttoken"}
+    flags = {f"pooling_mode_{mode}": name == pooling for mode, name in modes.items()}
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 64, **flags, "include_prompt": True})
+    )
+
+
 def _write_tokenizer(path: Path) -> None:
     """`tiny`'s tokenizer that puts a token before and one behind a text, as encoders are used to."""
     from tokenizers import Tokenizer, processors

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.dataset.audio_rows import AudioRow
+from edge_agent.dataset.pair_rows import PairRow, pair_arrays
 from edge_agent.dataset.row import Row
 
 IGNORE: Final = -100  # label of a position that is not learnt, as torch's cross-entropy has it
@@ -28,7 +29,8 @@ POOL_BATCHES: Final = 16  # 198 padded tokens a batch become 150, of which 146 a
 class Batch:
     """B rows padded on the right to S. `ids`, `mask`, `labels` are int64 [B, S]; `labels` are already shifted by one.
 
-    `classes` int64 [B] are the classes of labelled texts; None where rows have none. Of recordings, `ids` are the
+    `classes` int64 [B] are the classes of labelled texts; None where rows have none. Pairs have two rows each, anchors
+    first, and `classes` as `edge_agent.trainer.pairs` has labels. Of recordings, `ids` are the
     features, float32 [B, mels, frames], and S is the number of positions that they become.
     """
 
@@ -46,6 +48,10 @@ def make_batch(rows: Sequence[Row], pad_id: int) -> Batch:
     sounds = [row for row in rows if isinstance(row, AudioRow)]
     if sounds:
         return _of_sounds(sounds)
+    pairs = [row for row in rows if isinstance(row, PairRow)]
+    if pairs:
+        ids, mask, own = pair_arrays(pairs, pad_id)
+        return Batch(ids, mask, np.full_like(ids, IGNORE), own)
     width = max(len(row.ids) for row in rows)
     ids = np.full((len(rows), width), pad_id, np.int64)
     mask = np.zeros_like(ids)

@@ -21,6 +21,8 @@ FIELDS: Final = (
     "completion",
     "text",
     "audio",
+    "anchor",
+    "positive",
     "label",
     "system",
     "instruction",

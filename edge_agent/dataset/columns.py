@@ -13,6 +13,7 @@ from typing import Final
 from edge_agent.dataset.choices import FIELDS, Reading
 from edge_agent.dataset.json_forms import BadRecord, record_of_row
 from edge_agent.dataset.lines import Line
+from edge_agent.dataset.pair_names import PAIR, pair_of
 from edge_agent.dataset.record import Record
 from edge_agent.dataset.table import Cells, rows_of
 from fedge.errors import DataError
@@ -22,14 +23,16 @@ _ALIKE_ROWS: Final = 5  # so many rows of as many cells look like a table, even 
 _ROWS_LOOKED_AT: Final = 50
 _NAME_CHARS_MAX: Final = 40  # a longer first cell is no name, and is not shown
 _NAMES_SHOWN: Final = 20
-_HINT: Final = "Say which is which: --columns prompt=NAME,completion=NAME (or text=, label=)"
+_HINT: Final = (
+    "Say which is which: --columns prompt=NAME,completion=NAME (or text=, label=; anchor=, positive=)"
+)
 
 
 def separator_of(path: Path, head: Sequence[Line], how: Reading) -> str:
     """The separator that makes a table of these first lines; "" when they are none."""
     if how.separator:
         return how.separator
-    wanted = {name.strip().lower() for name in how.columns.values()} or set(FIELDS)
+    wanted = {name.strip().lower() for name in how.columns.values()} or set(FIELDS) - set(PAIR)
     best, looks_like = (0, ""), ""
     for separator in SEPARATORS:
         rows = [
@@ -40,6 +43,7 @@ def separator_of(path: Path, head: Sequence[Line], how: Reading) -> str:
         if not rows:
             continue
         named = sum(name.strip().lower() in wanted for name in rows[0]) if how.header else 0
+        named = max(named, len(pair_of(rows[0])) if how.header and not how.columns else 0)
         if named and (len(rows[0]) > 1 or named == len(wanted)) and named > best[0]:
             best = named, separator
         widths = {len(cells) for cells in rows}
@@ -98,6 +102,9 @@ def _columns(path: Path, first: Sequence[str], how: Reading) -> dict[str, int]:
     lower = [name.lower() for name in names]
     found: dict[str, int] = {field: lower.index(field) for field in FIELDS if field in lower}
     if not found.keys() & {"prompt", "text", "audio", "instruction"}:
+        pair = pair_of(names)
+        if pair:
+            return {field: names.index(name) for field, name in pair.items()}
         raise DataError(
             f"{path}: the first row does not say which column is what",
             field="columns",

@@ -18,7 +18,9 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from edge_agent.dataset.record import Conversation, Labelled, Passage, Record, Recording, Role, Turn
+from edge_agent.dataset.pair_names import GRADES, PAIR, pair_of
+from edge_agent.dataset.pair_names import HINT as PAIR_HINT
+from edge_agent.dataset.record import Conversation, Labelled, Pair, Passage, Record, Recording, Role, Turn
 from fedge.errors import DataError
 
 ALIASES: Final[dict[str, Role]] = {
@@ -30,7 +32,8 @@ ALIASES: Final[dict[str, Role]] = {
 }  # fmt: skip
 FORMS_HINT: Final = (
     'An example is {"messages": [{"role": …, "content": …}, …]}, {"prompt": …, "completion": …}, '
-    '{"instruction": …, "output": …}, {"text": …}, {"text": …, "label": …} or {"audio": "PATH.wav", "label": …}'
+    '{"instruction": …, "output": …}, {"text": …}, {"text": …, "label": …}, {"anchor": …, "positive": …} or '
+    '{"audio": "PATH.wav", "label": …}'
 )
 _FORM_KEYS: Final = ("messages", "conversations", "instruction", "prompt", "text")
 _ALSO: Final = {"instruction": ("output",), "prompt": ("completion",)}  # keys that a form cannot do without
@@ -70,6 +73,12 @@ class Example(msgspec.Struct, frozen=True):
     text: str | msgspec.UnsetType = _UNSET
     # A path where nothing else is there to learn; beside a text it is the owner's business.
     audio: object = _UNSET
+    # So are these, the two texts of a pair, and whatever grades it.
+    anchor: object = _UNSET
+    positive: object = _UNSET
+    negative: object = _UNSET
+    score: object = _UNSET
+    similarity: object = _UNSET
     label: str | int | None = None
     system: str | None = None
     conversation: str | int | None = None
@@ -105,6 +114,9 @@ def record_of_json(
                 )
             return record_of_row({field: found[key] for field, key in columns.items()}, line, roles)
         example = _decoder.decode(text)
+        whole = {} if _has_form(example) else _any.decode(text)
+        if named := pair_of(whole):  # under other names than ours
+            return record_of_row({field: whole[key] for field, key in named.items()}, line, roles)
     except msgspec.ValidationError as error:
         _refuse_shape(error)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
@@ -138,6 +150,8 @@ def record_of(example: Example, line: int, roles: Mapping[str, str]) -> Record:
         if example.label is None:
             raise BadRecord("field is missing", "label")
         return Recording(line, name, example.audio, example.label)
+    if form == "pair":
+        return _pair(example, line, name)
     turns = [Turn("system", example.system)] if example.system else []
     turns += _TURNS_OF[form](example, roles)
     return Conversation(line, name, tuple(turns))
@@ -149,6 +163,8 @@ def _form_of(example: Example) -> str:
         raise BadRecord("both normal forms at once", forms[0], value=forms)
     if not forms and example.audio is not _UNSET:
         return "audio"
+    if not forms and example.anchor is not _UNSET:
+        return "pair"
     if not forms:
         lone = [key for key in ("completion", "output") if getattr(example, key) is not _UNSET]
         missing = {"completion": "prompt", "output": "instruction"}[lone[0]] if lone else "messages"
@@ -157,6 +173,32 @@ def _form_of(example: Example) -> str:
         if getattr(example, key) is _UNSET:
             raise BadRecord("field is missing", key)
     return forms[0]
+
+
+def _has_form(example: Example) -> bool:
+    return any(getattr(example, key) is not _UNSET for key in (*_FORM_KEYS, "audio", "anchor"))
+
+
+def _pair(example: Example, line: int, name: str) -> Pair:
+    for field in PAIR:
+        value = getattr(example, field)
+        if not isinstance(value, str):
+            missing = value is _UNSET or value is None
+            raise BadRecord("field is missing" if missing else "a text is meant", field, hint=PAIR_HINT)
+    for field in GRADES:
+        if getattr(example, field) not in (_UNSET, None):
+            raise BadRecord(
+                "a pair with a grade: only what belongs together is learnt",
+                field,
+                hint="Keep the pairs that belong together, and leave the grade out",
+            )
+    if example.negative not in (_UNSET, None):
+        raise BadRecord(
+            "a pair with a text that does not belong to it is not handled",
+            "negative",
+            hint="Leave it out: all other texts of a batch stand in its place",
+        )
+    return Pair(line, name, str(example.anchor), str(example.positive))
 
 
 def _from_messages(example: Example, roles: Mapping[str, str]) -> Iterator[Turn]:

@@ -9,11 +9,13 @@ from typing import Any, Final
 from edge_agent.dataset.choices import FIELDS, Reading
 from edge_agent.dataset.columns import shown
 from edge_agent.dataset.json_forms import BadRecord, record_of_row
+from edge_agent.dataset.pair_names import pair_of
 from edge_agent.dataset.record import Record
 from fedge.errors import DataError, UnsupportedError
 
 _ROWS: Final = 256  # in memory at a time
 _FIELDS: Final = (*FIELDS, "messages", "conversations")
+_FORMS: Final = {"prompt", "text", "audio", "instruction", "messages", "conversations"}
 _CONVERT: Final = (
     "elsewhere: python -c \"import pandas; pandas.read_parquet('FILE').to_json('FILE.jsonl', "
     "orient='records', lines=True, force_ascii=False)\""
@@ -52,12 +54,14 @@ def _columns(path: Path, names: list[str], how: Reading) -> dict[str, str]:
                 f"{path} has no column {name!r}", field="columns", value=shown(names), hint=f"For {field}"
             )
     found = dict(how.columns) or {field: field for field in _FIELDS if field in names}
+    if not found.keys() & _FORMS:
+        found = pair_of(names) or found
     if not found:
         raise DataError(
             f"{path}: no column has a name that is known",
             field="columns",
             value=shown(names),
-            hint="Say which is which: --columns prompt=NAME,completion=NAME (or text=, label=)",
+            hint="Say which is which: --columns prompt=NAME,completion=NAME (or text=, label=; anchor=, positive=)",
         )
     return found
 

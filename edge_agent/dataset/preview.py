@@ -15,6 +15,7 @@ import msgspec
 
 from edge_agent.dataset.audio_rows import load_recordings
 from edge_agent.dataset.choices import Reading
+from edge_agent.dataset.pair_rows import PairRow
 from edge_agent.dataset.reading import Tally, read_records
 from edge_agent.dataset.row import Row
 from edge_agent.dataset.rows import Dataset, load_dataset
@@ -32,6 +33,7 @@ _KINDS: Final = {
     "Passage": "texts",
     "Labelled": "texts with a label",
     "Recording": "recordings",
+    "Pair": "pairs of texts",
 }
 
 
@@ -89,6 +91,7 @@ def preview(
     reading: Reading,
     chat: ChatFormat | None = None,
     classes: Sequence[str] = (),
+    pairs: bool = False,
 ) -> Preview:
     """The same with a bundle's tokenizer: exactly the rows that training would use. Raises as `load_dataset`."""
     tally = Tally()
@@ -101,6 +104,7 @@ def preview(
         reading=reading,
         chat=chat,
         classes=classes,
+        pairs=pairs,
         tally=tally,
     )
     rows = dataset.rows
@@ -108,8 +112,8 @@ def preview(
     return msgspec.structs.replace(
         _of_rows(path, tally, dataset, classes),
         window=window,
-        lengths=[len(row.ids) for row in rows],
-        tokens=sum(len(row.ids) for row in rows),
+        lengths=[row.tokens for row in rows],
+        tokens=sum(len(row.ids) + (len(row.positive) if isinstance(row, PairRow) else 0) for row in rows),
         learnt=sum(end - start for row in rows for start, end in learnt_spans(row)),
         examples=[list(parts(rows[place], encode)) for place in places],
     )
@@ -145,7 +149,11 @@ def learnt_spans(row: Row) -> Iterator[tuple[int, int]]:
 
 
 def parts(row: Row, encode: Encoder) -> Iterator[Part]:
-    """A row as text again, learnt and not."""
+    """A row as text again, learnt and not; of a pair, what is to be found is marked."""
+    if isinstance(row, PairRow):
+        yield Part(encode.decode(row.ids.tolist()) + "\n", learnt=False)
+        yield Part(encode.decode(row.positive.tolist()), learnt=True)
+        return
     ids, at = [int(i) for i in row.ids], 0
     for start, end in learnt_spans(row):
         for low, high, learnt in ((at, start, False), (start, end, True)):
@@ -185,7 +193,10 @@ def lines(found: Preview, *, colour: bool) -> Iterator[str]:
     ):
         if number:
             yield f"  {number:,} {what}"
-    yield f"tokens: {found.tokens:,}, of which {found.learnt:,} are learnt ({found.learnt / found.tokens:.0%})"
+    share = (
+        f", of which {found.learnt:,} are learnt ({found.learnt / found.tokens:.0%})" if found.learnt else ""
+    )
+    yield f"tokens: {found.tokens:,}{share}"
     yield from _labels(found)
     yield f"tokens in a row (window {found.window:,}):"
     yield from _histogram(found.lengths)

@@ -232,8 +232,8 @@ def _form_of(path: Path, head: list[Line], how: Reading) -> tuple[str, str]:
             f"{path} looks like a table of {columns or 'one'} columns, but its first row has no name that is known",
             field="columns",
             value=columns,
-            hint="Say which is which: --columns prompt=NAME,completion=NAME (or text=, label=), by number with "
-            "--no-header; or --form text if it is no table",
+            hint="Say which is which: --columns prompt=NAME,completion=NAME (or text=, label=; anchor=, positive=), by "
+            "number with --no-header; or --form text if it is no table",
         )
     return "text", ""
 

@@ -2,6 +2,7 @@
 
 A `Conversation` is a list of (role, text): `system`, `user`, `assistant`, `tool`. A `Passage` is text that is learnt as
 it stands. A `Labelled` text has the name or the number of its class, and so has a `Recording`, which is a sound file.
+A `Pair` is two texts that belong together.
 Nothing here knows tokens or templates.
 """
 
@@ -116,7 +117,22 @@ class Recording:
         return 1
 
 
-Record = Conversation | Passage | Labelled | Recording
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two texts that belong together: a question and its answer, two ways to say one thing."""
+
+    line: int
+    conversation: str
+    anchor: str
+    positive: str
+
+    @property
+    def samples(self) -> int:
+        """One."""
+        return 1
+
+
+Record = Conversation | Passage | Labelled | Recording | Pair
 
 
 def normal_form(record: Record) -> dict[str, object]:
@@ -128,6 +144,8 @@ def normal_form(record: Record) -> dict[str, object]:
         return {"audio": record.audio, "label": record.label, **named}
     if isinstance(record, Labelled):
         return {"text": record.text, "label": record.label, **named}
+    if isinstance(record, Pair):
+        return {"anchor": record.anchor, "positive": record.positive, **named}
     return {"text": record.text, **named}
 
 

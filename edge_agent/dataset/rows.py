@@ -19,12 +19,15 @@ from typing import Final
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_agent.dataset.chat_rows import ChatRows, SpanEncoder
 from edge_agent.dataset.choices import Reading
 from edge_agent.dataset.encoding import Encode
+from edge_agent.dataset.pair_names import HINT as PAIR_HINT
+from edge_agent.dataset.pair_rows import PAIRS_MIN, different, pair_row
 from edge_agent.dataset.reading import Tally, read_records
-from edge_agent.dataset.record import Conversation, Labelled, Passage, Record, Recording, TextExample
+from edge_agent.dataset.record import Conversation, Labelled, Pair, Passage, Record, Recording, TextExample
 from edge_agent.dataset.row import Row, Seen, longest
 from edge_agent.jobs import Counts
 from fedge.chat import ChatFormat
@@ -73,15 +76,17 @@ def load_dataset(
     reading: Reading | None = None,
     chat: ChatFormat | None = None,
     classes: Sequence[str] = (),
+    pairs: bool = False,
     tally: Tally | None = None,
 ) -> Dataset:
-    """Rows of fewer than `window` tokens. `chat` and `classes` are the bundle's; `tally` is told what was read.
+    """Rows of fewer than `window` tokens. `chat` and `classes` are the bundle's, and whether it learns from pairs;
+    `tally` is told what was read.
 
     Raises DataError when none is left, ConfigError when the bundle cannot do what the template asks, and what
     `read_records` raises.
     """
     how, tally = reading or Reading(), tally if tally is not None else Tally()
-    maker = RowMaker(template, encode, eos_id=eos_id, window=window, chat=chat, classes=classes)
+    maker = RowMaker(template, encode, eos_id=eos_id, window=window, chat=chat, classes=classes, pairs=pairs)
     rows: list[Row] = []
     for record in read_records(path, how, tally):
         try:
@@ -95,6 +100,13 @@ def load_dataset(
             field="examples",
             value=msgspec.to_builtins(counts),
             hint=f"An example needs an answer of fewer than {window} tokens, and some room for what is answered",
+        )
+    if pairs and different(rows) < PAIRS_MIN:
+        raise DataError(
+            f"{path}: a pair by itself has nothing to be told from",
+            field="examples",
+            value=len(rows),
+            hint=f"At least {PAIRS_MIN} pairs of different texts are needed",
         )
     return Dataset(tuple(rows), counts)
 
@@ -118,12 +130,13 @@ class RowMaker:
         window: int,
         chat: ChatFormat | None = None,
         classes: Sequence[str] = (),
+        pairs: bool = False,
     ) -> None:
         self._template, self._encode, self._eos = check_template(template), encode, eos_id
         self._most = window - 1  # as the reference figures have it
         self._before: list[int] = list(getattr(encode, "before", ()))
         self._after: list[int] = list(getattr(encode, "after", ()))
-        self._classes = list(classes)
+        self._classes, self._of_pairs = list(classes), pairs
         self._chat = _chat_rows(chat, encode, eos_id, self._most) if template.kind == "chat" else None
         self.seen = Seen()
 
@@ -146,6 +159,8 @@ class RowMaker:
         """The usable rows of `record`. Raises DataError for a record that is of no use to this bundle."""
         if isinstance(record, Recording):
             raise DataError("this bundle reads texts, and hears nothing", field="audio")
+        if isinstance(record, Pair) or self._of_pairs:
+            return self._pair(record)
         if isinstance(record, Labelled):
             return list(self._labelled(record))
         if self._classes:
@@ -208,11 +223,34 @@ class RowMaker:
         if not record.text.strip():
             self.seen.empty += 1
             return
-        ids, room = self._encode(record.text), self._most - len(self._before) - len(self._after)
-        self.seen.shortened += len(ids) > room
+        framed, cut = self._framed(record.text)
+        self.seen.shortened += cut
         self.seen.kept += 1
-        framed = np.array([*self._before, *ids[: max(room, 0)], *self._after], np.int32)
         yield Row(framed, len(framed), record.conversation, label=number)
+
+    def _pair(self, record: Record) -> list[Row]:
+        """Two texts that belong together; what is too long loses its end."""
+        if not isinstance(record, Pair):
+            raise DataError("this bundle learns from pairs of texts", field="anchor", hint=PAIR_HINT)
+        if not self._of_pairs:
+            raise DataError(
+                "a pair of texts, for a bundle that makes no vectors of them",
+                field="anchor",
+                hint="To learn answers: --columns prompt=A,completion=B. For vectors: fedge quantize --task embed",
+            )
+        self.seen.examples += 1
+        if not (record.anchor.strip() and record.positive.strip()):
+            self.seen.empty += 1
+            return []
+        (anchor, cut), (positive, cut_too) = self._framed(record.anchor), self._framed(record.positive)
+        self.seen.shortened += cut or cut_too
+        self.seen.kept += 1
+        return [pair_row(anchor, positive, record.conversation)]
+
+    def _framed(self, text: str) -> tuple[NDArray[np.int32], bool]:
+        """A text as the model is used to see it, and whether it lost its end."""
+        ids, room = self._encode(text), self._most - len(self._before) - len(self._after)
+        return np.array([*self._before, *ids[: max(room, 0)], *self._after], np.int32), len(ids) > room
 
     def _class_of(self, label: str | int) -> int:
         if not self._classes:

@@ -41,16 +41,19 @@ def label_count(batch: BatchArrays) -> int:
     return int((batch.labels >= 0).sum())
 
 
+def cut(batch: BatchArrays, at: slice) -> Piece:
+    """These rows, without the columns that are padding in all of them; recordings are all of one length."""
+    ids, mask = batch.ids[at], batch.mask[at]
+    width = int(np.flatnonzero(mask.any(axis=0)).max(initial=0)) + 1
+    return Piece(ids[:, :width] if ids.ndim == 2 else ids, mask[:, :width], batch.labels[at, :width])
+
+
 def pieces(batch: BatchArrays, rows: int) -> Iterator[BatchArrays]:
     """`rows` rows at a time, 0 = the batch as it is; rows without a label are nobody's piece."""
     if rows <= 0 or rows >= len(batch.ids):
         yield batch
         return
     for at in range(0, len(batch.ids), rows):
-        cut = slice(at, at + rows)
-        ids, mask, labels = batch.ids[cut], batch.mask[cut], batch.labels[cut]
-        if (labels >= 0).any():
-            width = int(np.flatnonzero(mask.any(axis=0)).max(initial=0)) + 1
-            if ids.ndim == 2:  # recordings are all of one length
-                ids = ids[:, :width]
-            yield Piece(ids, mask[:, :width], labels[:, :width])
+        piece = cut(batch, slice(at, at + rows))
+        if (piece.labels >= 0).any():
+            yield piece

@@ -95,8 +95,8 @@ def by_class(batch: BatchArrays) -> BatchArrays:
 
 
 def labelled(batch: BatchArrays, manifest: Manifest) -> BatchArrays:
-    """The batch with the labels that this bundle learns: a classifier learns the class of each row, -1 = none."""
-    if manifest.task != TASK:
+    """The batch with the labels that this bundle learns: one a row of a class or a pair, -1 = none."""
+    if manifest.task == "generate":
         return batch
     found = by_class(batch)
     if found.labels.shape[1:] == (1,):
@@ -105,5 +105,5 @@ def labelled(batch: BatchArrays, manifest: Manifest) -> BatchArrays:
 
 
 def label_limit(manifest: Manifest) -> int:
-    """Labels are below this."""
+    """Labels of tokens or classes are below this."""
     return len(manifest.classes) if manifest.task == TASK else manifest.vocabulary

@@ -26,6 +26,8 @@ from edge_agent.trainer.classify import TASK as CLASSIFY
 from edge_agent.trainer.classify import Answer, Classifier
 from edge_agent.trainer.frozen import FEATURES, HEAD, FrozenEncoder
 from edge_agent.trainer.head import Head, HeadResult
+from edge_agent.trainer.pairs import POOL, POOL_BACKWARD, Pooling, Slopes
+from edge_agent.trainer.pairs import TASK as EMBED
 from edge_agent.trainer.sessions import Floats, Graph, Tensor
 from fedge.errors import DataError
 
@@ -70,10 +72,13 @@ class Streamer:
         self._table = bundle.span(table) if table else (0, 0)
         self._input = "input_ids" if manifest.hears is None else "input_features"
         self._classifier: Classifier | None = None
+        self._pooling: Pooling | None = None
         self._head: Head | None = None
         self._frozen: FrozenEncoder | None = None
         if manifest.task == CLASSIFY:
             self._classifier = Classifier(bundle, self._graph("classify"))
+        elif manifest.task == EMBED:
+            self._pooling = Pooling(self._graph(POOL), self._graph(POOL_BACKWARD))
         else:
             self._head = Head(bundle, self._graph("rows"), self._graph("ce"))
         self._filed = Filed(folder, self._depth) if plan.checkpoints == "file" else None
@@ -113,7 +118,7 @@ class Streamer:
         """The loss in nats of every label, in reading order; empty when there is none."""
         if not (labels >= 0).any():
             return np.zeros(0, np.float32)
-        if self._classifier is not None:
+        if self._head is None:
             answer = yield from self.answers(Piece(ids, mask, labels), adapter)
             return answer.nll
         h, _, _ = yield from self.features(ids, mask, adapter)
@@ -121,12 +126,19 @@ class Streamer:
         return result.nll
 
     def answers(self, batch: BatchArrays, adapter: Mapping[str, Floats]) -> Generator[None, None, Answer]:
-        """What a classifier makes of the rows with a label, of which there is one at least."""
-        assert self._classifier is not None, "this bundle is no classifier"
+        """What a classifier makes of the rows with a label, of which there is one at least; or what pairs give."""
         h, _, _ = yield from self.features(batch.ids, batch.mask, adapter)
-        answer = self._classifier.run(h, batch, adapter, self._outside())
+        answer = self._ending().run(h, batch, adapter, self._outside())
         yield
         return answer
+
+    def vectors(self, batch: BatchArrays, adapter: Mapping[str, Floats]) -> Generator[None, None, Floats]:
+        """What a sentence encoder makes of each row [B, D]."""
+        assert self._pooling is not None, "this bundle is no sentence encoder"
+        h, _, _ = yield from self.features(batch.ids, batch.mask, adapter)
+        found = self._pooling.vectors(h, batch, self._outside())
+        yield
+        return found
 
     def step(
         self, batch: BatchArrays, adapter: Mapping[str, Floats], lowest: int = 0, of_labels: int = 0
@@ -137,7 +149,7 @@ class Streamer:
         without a label.
         """
         count = label_count(batch)
-        if count == 0:
+        if count == 0 and not isinstance(batch, Slopes):
             raise DataError("batch has no label", field="labels", value=0, hint="Leave such batches out")
         if lowest == self._depth and (frozen := self._frozen_encoder()) is not None:
             return (yield from self._head_alone(frozen, batch, adapter, count, of_labels or count))
@@ -188,8 +200,8 @@ class Streamer:
 
         There are none when the sum is not finite.
         """
-        if self._classifier is not None:
-            answer = self._classifier.run(h, batch, adapter, self._outside())
+        if self._head is None:
+            answer = self._ending().run(h, batch, adapter, self._outside())
             yield
             loss_sum = float(answer.nll.sum(dtype=np.float64))
             if not np.isfinite(loss_sum):
@@ -233,7 +245,16 @@ class Streamer:
             ids: Inputs = np.zeros((rows, tokens), np.int64)
         else:
             ids, tokens = np.zeros((rows, audio.mels, audio.frames), np.float32), audio.positions
-        return Piece(ids, np.ones((rows, tokens), np.int64), np.zeros((rows, 1), np.int64))
+        labels = np.zeros((rows, 1), np.int64)
+        if self._pooling is not None:
+            labels[:, 0] = np.where(np.arange(rows) < rows // 2, np.arange(rows), -1)
+        return Piece(ids, np.ones((rows, tokens), np.int64), labels)
+
+    def _ending(self) -> Classifier | Pooling:
+        """What stands behind the last block of an encoder."""
+        ending = self._classifier or self._pooling
+        assert ending is not None, "this bundle is no encoder"
+        return ending
 
     def _before(self, ids: Inputs, mask: Ints) -> dict[str, Floats]:
         """What the prologue makes of ids, or of features: x and the aux tensors."""
@@ -241,9 +262,8 @@ class Streamer:
 
     def _reserved_end(self, h: Floats, batch: Piece, adapter: Mapping[str, Floats]) -> Floats:
         outer = self._outside()
-        if self._classifier is not None:
-            return self._classifier.run(h, batch, adapter, outer).gradient
-        assert self._head is not None, "a bundle has one head or the other"
+        if self._head is None:
+            return self._ending().run(h, batch, adapter, outer).gradient
         flat = self._graph("norm_fwd").run({"h": h, **outer})["f"].reshape(batch.mask.size, -1)
         labels = np.zeros(len(flat), np.int64)
         next(islice(self._head.run(flat, labels, self._plan.head_rows), 1, None))
@@ -251,7 +271,7 @@ class Streamer:
 
     def _loss(self, h: Floats, labels: Ints) -> Generator[None, None, tuple[HeadResult, Floats]]:
         """Losses at the labels, and the gradient of their sum by the final features [B, S, D]."""
-        assert self._head is not None, "this bundle is a classifier"
+        assert self._head is not None, "this bundle is an encoder"
         f = self._graph("norm_fwd").run({"h": h, **self._outside()})["f"]
         yield
         at, shape = np.flatnonzero(labels.reshape(-1) >= 0), f.shape

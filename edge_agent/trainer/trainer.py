@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from edge_agent.depth import HEAD_ONLY, lowest_layer
 from edge_agent.planner import Plan
-from edge_agent.trainer.batch import BatchArrays, label_count, pieces
+from edge_agent.trainer.batch import BatchArrays, Inputs, Piece, cut, label_count, pieces
 from edge_agent.trainer.classify import Answer, label_limit, labelled
 from edge_agent.trainer.evaluate import by_row
+from edge_agent.trainer.pairs import TASK as EMBED
+from edge_agent.trainer.pairs import Slopes, check_pairs, in_batch, in_pieces
 from edge_agent.trainer.sessions import check_runtime
 from edge_agent.trainer.step import StepResult, Streamer
 from fedge.errors import ConfigError, DataError
@@ -74,15 +76,33 @@ class Trainer:
         if depth == HEAD_ONLY and not self.manifest.dense:
             raise ConfigError("this bundle has no head that trains", field="depth", value="head only")
         lowest = lowest_layer(depth, self.layout.layers)
+        parts: Iterable[BatchArrays] = pieces(batch, self._plan.rows)
         loss_sum, sums = 0.0, dict[str, Floats]()
-        for piece in pieces(batch, self._plan.rows):
+        if self.manifest.task == EMBED and 0 < self._plan.rows < len(batch.ids):
+            loss_sum, parts = yield from self._slopes(batch, fed)
+        for piece in parts:
             result = yield from self._streamer.step(piece, fed, lowest, total)
             loss_sum += result.loss_sum
-            if not result.gradients:
+            if not result.gradients or not np.isfinite(loss_sum):
                 return StepResult(loss_sum, total, {})
             for name, gradient in result.gradients.items():
                 sums[name] = sums[name] + gradient if name in sums else gradient
         return StepResult(loss_sum, total, self.layout.taken(sums))
+
+    def _slopes(
+        self, batch: BatchArrays, fed: Mapping[str, Floats]
+    ) -> Generator[None, None, tuple[float, list[Slopes]]]:
+        """The loss of pairs that do not go through the layers together, and its gradient by each piece's vectors."""
+        found, places = list[Floats](), list(in_pieces(batch, self._plan.rows))
+        for at in places:
+            found.append((yield from self._streamer.vectors(cut(batch, at), fed)))
+        loss = in_batch(np.concatenate(found), batch)
+        texts = [cut(batch, at) for at in places]
+        slopes = [
+            Slopes(t.ids, t.mask, np.full_like(t.labels, -1), loss.gradient[at])
+            for t, at in zip(texts, places, strict=True)
+        ]
+        return float(loss.nll.sum(dtype=np.float64)), slopes
 
     def loss_and_gradients(
         self, batch: BatchArrays, adapter: Mapping[str, Floats], depth: int = 0
@@ -103,12 +123,18 @@ class Trainer:
         return by_row(nll, batch.labels)
 
     def answers(self, batch: BatchArrays, adapter: Mapping[str, Floats]) -> Answer:
-        """Losses and logits of a classifier's rows, all of which have a label. Raises DataError."""
+        """Losses and logits of a classifier's rows, all of which have a label, or of pairs. Raises DataError."""
         batch = labelled(batch, self.manifest)
         self._check(batch)
-        if not (batch.labels >= 0).all():
+        if self.manifest.task != EMBED and not (batch.labels >= 0).all():
             raise DataError("a row has no class", field="label", hint='A row is {"text": …, "label": …}')
         return self._drain(self._streamer.answers(batch, self._fed(adapter)))
+
+    def vectors(self, ids: Inputs, mask: Ints, adapter: Mapping[str, Floats]) -> Floats:
+        """What a sentence encoder makes of each of B texts [B, D]. Raises DataError."""
+        batch = Piece(ids, mask, np.full((len(ids), 1), -1, np.int64))
+        self._check(batch)
+        return self._drain(self._streamer.vectors(batch, self._fed(adapter)))
 
     def _fed(self, adapter: Mapping[str, Floats]) -> dict[str, Floats]:
         return self.layout.fed({**self._a, **adapter})
@@ -131,6 +157,8 @@ class Trainer:
                 value=longest,
                 hint=f"The model takes {self.manifest.positions_max}",
             )
+        if self.manifest.task == EMBED:
+            check_pairs(batch)
         limits = [("labels", batch.labels, label_limit(self.manifest))]
         if audio is None:
             limits.insert(0, ("ids", batch.ids.astype(np.int64, copy=False), vocabulary))

@@ -144,7 +144,7 @@ def test_other_features_than_the_bundles_are_refused(trainer: Trainer) -> None:
 
 def test_a_step_is_timed_and_planned_by_the_bundles_own_length(trainer: Trainer) -> None:
     """The window of a campaign counts tokens of text: it has no say here, and is no reason to refuse."""
-    assert step_seconds(trainer, Training(a_seed=SEED, batch_rows=2, window_tokens=64), 0, 0) > 0
+    assert step_seconds(trainer, Training(a_seed=SEED, batch_rows=2, window_tokens=64)) > 0
     short, long = (need(trainer.manifest, Training(window_tokens=tokens)) for tokens in (8, 4_096))
     assert short == long
 

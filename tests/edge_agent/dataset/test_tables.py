@@ -106,10 +106,10 @@ def test_without_a_header_columns_have_numbers(tmp_path: Path) -> None:
 
 
 def test_a_header_without_a_known_name_asks(tmp_path: Path) -> None:
-    text = "id,question,answer\n" + "".join(f"{i},a,b\n" for i in range(9))
+    text = "id,question,reply\n" + "".join(f"{i},a,b\n" for i in range(9))
     with pytest.raises(DataError, match=r"looks like a table of 3 columns.*--columns"):
         records(wrote(tmp_path, text))
-    with pytest.raises(DataError, match=r"first row does not say.*'id', 'question', 'answer'"):
+    with pytest.raises(DataError, match=r"first row does not say.*'id', 'question', 'reply'"):
         records(wrote(tmp_path, text), form="table")
     (passage,) = records(wrote(tmp_path, text), form="text")
     assert isinstance(passage, Passage)
