@@ -148,6 +148,19 @@ def labelled_rows(count: int, width: int = 14, seed: int = 0) -> Any:
     return Batch(ids, mask, np.full_like(ids, -100), draw.integers(0, 3, count))
 
 
+def pairs(count: int, width: int = 14, seed: int = 0, more: int = 0) -> Any:
+    """Random texts that end early by different lengths: `count` anchors, what belongs to each, `more` others."""
+    from edge_agent.dataset import Batch
+
+    draw, rows = np.random.default_rng(seed), 2 * count + more
+    ids = draw.integers(2, 300, (rows, width))
+    mask = np.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, width - row % (width - 3) :], ids[row, width - row % (width - 3) :] = 0, 1
+    own = np.where(np.arange(rows) < count, np.arange(rows), -1)
+    return Batch(ids, mask, np.full_like(ids, -100), own)
+
+
 def random_vector(trainer: Any, seed: int = 5) -> np.ndarray:
     """An adapter of small random numbers for a `Trainer`."""
     draw = np.random.default_rng(seed)

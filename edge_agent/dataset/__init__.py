@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edge_agent.dataset.record import (
         Conversation,
         Labelled,
+        Pair,
         Passage,
         Record,
         Recording,
@@ -52,6 +53,7 @@ __all__ = [
     "Dataset",
     "Encode",
     "Labelled",
+    "Pair",
     "Passage",
     "Reading",
     "Record",
@@ -81,6 +83,7 @@ _HOME: Final = {
     "record": (
         "Conversation",
         "Labelled",
+        "Pair",
         "Passage",
         "Record",
         "Recording",

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from encoders import random_vector
+from encoders import pairs, random_vector
 
 from edge_agent.bundle import Bundle, open_bundle
 from edge_agent.dataset import Batch
@@ -53,17 +53,6 @@ def twin_of(folder: Path) -> SentenceEncoder:
 @pytest.fixture(scope="module")
 def dequantised(folder: Path) -> SentenceEncoder:
     return twin_of(folder)
-
-
-def pairs(count: int, width: int = 14, seed: int = 0, more: int = 0) -> Batch:
-    """Random texts that end early by different lengths: `count` anchors, what belongs to each, `more` others."""
-    draw, rows = np.random.default_rng(seed), 2 * count + more
-    ids = draw.integers(2, 300, (rows, width))
-    mask = np.ones_like(ids)
-    for row in range(1, rows):
-        mask[row, width - row % (width - 3) :], ids[row, width - row % (width - 3) :] = 0, 1
-    own = np.where(np.arange(rows) < count, np.arange(rows), -1)
-    return Batch(ids, mask, np.full_like(ids, -100), own)
 
 
 def reference_loss(vectors: torch.Tensor, count: int) -> torch.Tensor:
