@@ -110,14 +110,17 @@ def numbered(rounds: list[int]) -> Iterator[tuple[int, int, int]]:
         done += steps
 
 
-def rule_and_rate(rule: str | None, rate: float | None, start: Path | None) -> tuple[str, float]:
-    """What was chosen; else the rule that the adapter file `start` was made by, else `ffa`, and the rule's own rate.
+def rule_and_rate(
+    rule: str | None, rate: float | None, start: Path | None, task: str = "generate"
+) -> tuple[str, float]:
+    """What was chosen; else the rule that the adapter file `start` was made by, else `ffa`, and the rate that suits
+    rule and task.
 
     Raises the refusals of `fedge.io.adapter_file.read_adapter`.
     """
     from fedge.io.adapter_file import read_adapter
-    from fedge.rules import RATES
+    from fedge.rules import usual_rate
 
     made_by = read_adapter(start).header.rule if start is not None and rule is None else ""
     chosen = rule or (made_by if made_by in RULES else RULES[0])
-    return chosen, RATES[chosen] if rate is None else rate
+    return chosen, usual_rate(chosen, task) if rate is None else rate

@@ -122,28 +122,28 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     import msgspec
 
-    from edge_agent.planner import row_tokens
+    from edge_agent.planner import row_tokens, step_rows
     from fedge.boards import BOARDS, board
     from fedge.errors import UsageError
     from fedge.messages import Training
+    from fedge.rules import usual_rows
 
     manifest = _open(arguments.bundle)
-    wanted = {"batch_rows": arguments.rows, "window_tokens": arguments.window}
+    wanted = {"batch_rows": arguments.rows or usual_rows(manifest.task), "window_tokens": arguments.window}
     try:
         training = msgspec.convert({n: v for n, v in wanted.items() if v is not None}, Training)
     except msgspec.ValidationError as error:
         raise UsageError(f"training cannot be done so: {error}") from error
     if manifest.hears is not None:
         training = msgspec.structs.replace(training, window_tokens=row_tokens(manifest, training))
-    tokens, parameters = training.batch_rows * training.window_tokens, _parameters(manifest)
+    step = step_rows(manifest, training)
+    tokens, parameters = step * training.window_tokens, _parameters(manifest)
     boards = [board(arguments.board)] if arguments.board else list(BOARDS.values())
     rows = [_row(manifest, training, kind, parameters, arguments.memory) for kind in boards]
     if arguments.json:
         print(json.dumps({"tokens_per_step": tokens, "parameters": parameters, "boards": rows}))
         return
-    print(
-        f"a step of {training.batch_rows} x {training.window_tokens} tokens, {parameters / 1e6:,.0f}M parameters"
-    )
+    print(f"a step of {step} x {training.window_tokens} tokens, {parameters / 1e6:,.0f}M parameters")
     for row in rows:
         print(
             f"  {row['board']:<18} {row['needed_mb']:>6,} of {row['free_mb']:>6,} MB, {row['how']}: "
@@ -157,11 +157,11 @@ def _row(
     manifest: Manifest, training: Training, kind: Board, parameters: int, memory_mb: int | None
 ) -> dict[str, Any]:
     """What an agent's planner makes of a board: the same room, the same plan, the same figure."""
-    from edge_agent.planner import AGENT_BYTES, plan, worker_bytes
+    from edge_agent.planner import AGENT_BYTES, plan, step_rows, worker_bytes
     from fedge.errors import UnavailableError
 
     free = max(0, (memory_mb * 10**6 if memory_mb else kind.free_bytes) - AGENT_BYTES)
-    seconds = kind.step_seconds(parameters, training.batch_rows * training.window_tokens)
+    seconds = kind.step_seconds(parameters, step_rows(manifest, training) * training.window_tokens)
     row = {"board": kind.label, "free_mb": round(free / 1e6), "seconds_per_step": round(seconds, 1)}
     try:
         chosen = plan(manifest, training, free)

@@ -143,8 +143,8 @@ def _add_train_once(words: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="a classifier's head alone: each row is encoded once, so that many steps cost little",
     )
-    once.add_argument("--rate", type=float, help="learning rate (default: what suits the rule)")
-    once.add_argument("--rows", type=_count, help="rows in a step (default: the fleet's)")
+    once.add_argument("--rate", type=float, help="learning rate (default: what suits rule and task)")
+    once.add_argument("--rows", type=_count, help="rows in a step, or pairs of texts (default: the fleet's)")
     once.add_argument("--window", type=_count, metavar="TOKENS", help="longest row (default: the fleet's)")
     once.add_argument("--seed", type=_count, default=0, metavar="N", help="order of the rows (default: 0)")
     once.add_argument("--threads", type=_count, default=0, help="(default: all it may use)")
@@ -262,12 +262,15 @@ def _train_once(arguments: argparse.Namespace) -> None:
     from edge_agent.alone import rule_and_rate
     from fedge.errors import UsageError
     from fedge.messages import Training
+    from fedge.rules import usual_rows
 
-    rule, rate = rule_and_rate(arguments.rule, arguments.rate, arguments.start)
+    bundle = _either(arguments.bundle_folder, arguments.bundle, "BUNDLE")
+    task = trial.open_bundle_manifest(bundle).task
+    rule, rate = rule_and_rate(arguments.rule, arguments.rate, arguments.start, task)
     wanted = {
         "rate": rate,
         "rule": rule,
-        "batch_rows": arguments.rows,
+        "batch_rows": usual_rows(task) if arguments.rows is None else arguments.rows,
         "window_tokens": arguments.window,
         "data_seed": arguments.seed,
         "template": {"kind": "chat"} if arguments.chat else None,
@@ -279,7 +282,7 @@ def _train_once(arguments: argparse.Namespace) -> None:
     except msgspec.ValidationError as error:
         raise UsageError(f"training cannot be done so: {error}") from error
     found = trial.train_once(
-        _either(arguments.bundle_folder, arguments.bundle, "BUNDLE"),
+        bundle,
         _either(arguments.data_file, arguments.data, "DATA"),
         steps=arguments.steps,
         training=training,

@@ -31,13 +31,26 @@ from numpy.typing import NDArray
 
 from fedge.errors import DataError, UnsupportedError
 from fedge.lora import RULES, AdapterLayout, Slot, frozen_a, join, split
+from fedge.messages import Training
 
 Floats = NDArray[np.float32]
 Tensors = Mapping[str, Floats]
 Shapes = dict[str, tuple[int, ...]]
 RATES: Final = {"ffa": 0.016, "fedit": 0.008, "alternating": 0.008, "core": 0.016, "sketch": 0.008}
+_PAIRS_RATE: Final = 1 / 8  # of that, for vectors: MiniLM's are good already, and are led astray by more
+_PAIRS_ROWS: Final = 16  # every other pair of a batch is a negative, so that few teach little
 # Columns of a sketch beyond the rank; the second sketch is twice as wide (Tropp, 4.6).
 _OVERSAMPLED: Final = 4
+
+
+def usual_rate(rule: str, task: str) -> float:
+    """The learning rate where nobody names one, of a known rule and a task of `fedge.release.TASKS`."""
+    return RATES[rule] * (_PAIRS_RATE if task == "embed" else 1)
+
+
+def usual_rows(task: str) -> int:
+    """Examples in a step where nobody says how many."""
+    return _PAIRS_ROWS if task == "embed" else Training().batch_rows
 
 
 @dataclass(frozen=True, slots=True)

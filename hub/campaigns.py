@@ -17,7 +17,7 @@ from fedge.io.peft_folder import changes_of, read_peft
 from fedge.lora import RULES, AdapterLayout
 from fedge.messages import Training
 from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, Manifest, open_manifest
-from fedge.rules import RATES, rule_of, started_from
+from fedge.rules import rule_of, started_from, usual_rate, usual_rows
 from hub.blobs import Blobs
 from hub.effects import CampaignRow
 from hub.registry import ID_PATTERN
@@ -36,8 +36,8 @@ class Wish:
     steps: int = 5
     bloc: int = limits.BLOC_DEVICES_DEFAULT
     devices: int = 16
-    rate: float | None = None  # None: what suits the rule
-    batch_rows: int = 4
+    rate: float | None = None  # None: what suits rule and task
+    batch_rows: int | None = None  # None: what suits the task
     window_tokens: int = 64
     window_seconds: int = 3_600
     seed: int = 0
@@ -63,9 +63,10 @@ def make_campaign(
     """
     manifest, data, signature = read_bundle(bundle)
     layout = manifest.layout
-    rate = RATES.get(wish.rule, 1.0) if wish.rate is None else wish.rate
+    rows = usual_rows(manifest.task) if wish.batch_rows is None else wish.batch_rows
     a_seed = hashlib.sha256(_SEED_DOMAIN + f"{wish.name} {wish.seed}".encode()).digest()[:16]
-    check(wish, _largest_report(wish, layout, a_seed))
+    check(wish, _largest_report(wish, layout, a_seed), rows_min=2 if manifest.task == "embed" else 1)
+    rate = usual_rate(wish.rule, manifest.task) if wish.rate is None else wish.rate
     rule = rule_of(wish.rule, layout, a_seed)
     first = rule.initial()
     if wish.start_from is not None:
@@ -81,7 +82,7 @@ def make_campaign(
         lora=manifest.lora,
         training=Training(
             rate=rate,
-            batch_rows=wish.batch_rows,
+            batch_rows=rows,
             window_tokens=wish.window_tokens,
             a_seed=a_seed,
             data_seed=wish.seed,
@@ -122,9 +123,14 @@ def read_bundle(folder: Path) -> tuple[Manifest, bytes, bytes]:
     return open_manifest(data, signature), data, signature
 
 
-def check(wish: Wish, numbers: int) -> None:
-    """Raises one ConfigError that names everything that is wrong, not just the first."""
+def check(wish: Wish, numbers: int, rows_min: int = 1) -> None:
+    """Raises one ConfigError that names everything that is wrong, not just the first.
+
+    A step of pairs has `rows_min` = 2 examples at the least: a pair by itself teaches nothing.
+    """
     problems = [*_wrong_task(wish, numbers), *_wrong_schedule(wish)]
+    if wish.batch_rows is not None:
+        problems += _outside("batch_rows", wish.batch_rows, rows_min, 256)
     if problems:
         raise ConfigError("this campaign cannot run: " + "; ".join(problems), hint="Nothing was started")
 
@@ -141,7 +147,6 @@ def _wrong_task(wish: Wish, numbers: int) -> Iterator[str]:
         yield f"rate={wish.rate}: above 0, at most 1"
     if wish.rule not in RULES:
         yield f"rule={wish.rule!r}: one of {', '.join(RULES)}"
-    yield from _outside("batch_rows", wish.batch_rows, 1, 256)
     yield from _outside("window_tokens", wish.window_tokens, 8, 8_192)
     yield from _outside("seed", wish.seed, 0, 2**62 - 1)
     bytes_needed = numbers * _FIRST_ROUND_BYTES + 4 * limits.META_WORDS_MAX

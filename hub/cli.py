@@ -145,11 +145,14 @@ def _add_token(words: _Words[argparse.ArgumentParser]) -> None:
 def _add_rule(start: argparse.ArgumentParser) -> None:
     """What of the adapter moves, from where, and how far."""
     start.add_argument(
+        "--batch-rows", type=int, default=None, metavar="N", help="examples in a step (4; pairs of texts: 16)"
+    )
+    start.add_argument(
         "--rate",
         type=float,
         default=None,
         metavar="N",
-        help="learning rate (0.016 under ffa and core, else 0.008)",
+        help="learning rate (0.016 under ffa and core, else 0.008; for vectors of texts an eighth of it)",
     )
     start.add_argument(
         "--rule",
@@ -187,7 +190,6 @@ def _add_campaign(words: _Words[argparse.ArgumentParser]) -> None:
         ("--steps", int, 5, "local steps of a device in a round"),
         ("--bloc", int, 8, "devices in a bloc, whose sum alone is ever seen; at least 5"),
         ("--devices", int, 16, "how many must be ready before blocs are formed"),
-        ("--batch-rows", int, 4, "examples in a step"),
         ("--window-tokens", int, 64, "tokens of an example"),
         ("--window-seconds", int, 3_600, "how long a bloc may take for a round"),
         ("--seed", int, 0, "of the frozen half of the adapter and the order of data"),
