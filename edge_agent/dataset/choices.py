@@ -23,6 +23,7 @@ FIELDS: Final = (
     "audio",
     "anchor",
     "positive",
+    "negative",
     "label",
     "system",
     "instruction",

@@ -13,7 +13,7 @@ from typing import Final
 from edge_agent.dataset.choices import FIELDS, Reading
 from edge_agent.dataset.json_forms import BadRecord, record_of_row
 from edge_agent.dataset.lines import Line
-from edge_agent.dataset.pair_names import PAIR, pair_of
+from edge_agent.dataset.pair_names import NEGATIVE, PAIR, pair_of
 from edge_agent.dataset.record import Record
 from edge_agent.dataset.table import Cells, rows_of
 from fedge.errors import DataError
@@ -32,7 +32,7 @@ def separator_of(path: Path, head: Sequence[Line], how: Reading) -> str:
     """The separator that makes a table of these first lines; "" when they are none."""
     if how.separator:
         return how.separator
-    wanted = {name.strip().lower() for name in how.columns.values()} or set(FIELDS) - set(PAIR)
+    wanted = {name.strip().lower() for name in how.columns.values()} or set(FIELDS) - {*PAIR, NEGATIVE}
     best, looks_like = (0, ""), ""
     for separator in SEPARATORS:
         rows = [

@@ -18,7 +18,7 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from edge_agent.dataset.pair_names import GRADES, PAIR, pair_of
+from edge_agent.dataset.pair_names import GRADES, NEGATIVE, PAIR, pair_of
 from edge_agent.dataset.pair_names import HINT as PAIR_HINT
 from edge_agent.dataset.record import Conversation, Labelled, Pair, Passage, Record, Recording, Role, Turn
 from fedge.errors import DataError
@@ -180,11 +180,15 @@ def _has_form(example: Example) -> bool:
 
 
 def _pair(example: Example, line: int, name: str) -> Pair:
-    for field in PAIR:
+    texts: list[str] = []
+    for field in (*PAIR, NEGATIVE):
         value = getattr(example, field)
+        missing = value is _UNSET or value is None
+        if missing and field == NEGATIVE:
+            value = ""
         if not isinstance(value, str):
-            missing = value is _UNSET or value is None
             raise BadRecord("field is missing" if missing else "a text is meant", field, hint=PAIR_HINT)
+        texts.append(value)
     for field in GRADES:
         if getattr(example, field) not in (_UNSET, None):
             raise BadRecord(
@@ -192,13 +196,7 @@ def _pair(example: Example, line: int, name: str) -> Pair:
                 field,
                 hint="Keep the pairs that belong together, and leave the grade out",
             )
-    if example.negative not in (_UNSET, None):
-        raise BadRecord(
-            "a pair with a text that does not belong to it is not handled",
-            "negative",
-            hint="Leave it out: all other texts of a batch stand in its place",
-        )
-    return Pair(line, name, str(example.anchor), str(example.positive))
+    return Pair(line, name, *texts)
 
 
 def _from_messages(example: Example, roles: Mapping[str, str]) -> Iterator[Turn]:

@@ -18,24 +18,39 @@ PAIRS_MIN: Final = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairRow(Row):
-    """Two texts that belong together; `ids` are the first, the anchor. No token is learnt."""
+    """Two texts that belong together; `ids` are the first, the anchor. No token is learnt. `negative` is there to be
+    confused with `positive`, where there is one.
+    """
 
     positive: Ids
+    negative: Ids | None = None
+
+    @property
+    def texts(self) -> list[Ids]:
+        """Two or three."""
+        return [self.ids, self.positive, *([] if self.negative is None else [self.negative])]
 
     @property
     def tokens(self) -> int:
-        """Of the longer one: both go through the model side by side."""
-        return max(len(self.ids), len(self.positive))
+        """Of the longest one: they go through the model side by side."""
+        return max(map(len, self.texts))
 
 
-def pair_row(anchor: Ids, positive: Ids, conversation: str = "") -> PairRow:
-    """The row of two texts as tokens."""
-    return PairRow(ids=anchor, prompt_tokens=len(anchor), conversation=conversation, positive=positive)
+def pair_row(anchor: Ids, positive: Ids, conversation: str = "", *, negative: Ids | None = None) -> PairRow:
+    """The row of texts as tokens."""
+    return PairRow(
+        ids=anchor,
+        prompt_tokens=len(anchor),
+        conversation=conversation,
+        positive=positive,
+        negative=negative,
+    )
 
 
 def pair_arrays(rows: Sequence[PairRow], pad_id: int) -> tuple[Ints, Ints, Ints]:
-    """(ids, mask [2 P, S], which row is told from the others [2 P]): the anchors, then what belongs to each."""
+    """(ids, mask [B, S], what each row is to find [B]): the anchors, then what belongs to each, then what does not."""
     texts = [*(row.ids for row in rows), *(row.positive for row in rows)]
+    texts += [row.negative for row in rows if row.negative is not None]
     ids = np.full((len(texts), max(map(len, texts))), pad_id, np.int64)
     mask = np.zeros_like(ids)
     for number, text in enumerate(texts):
@@ -46,5 +61,6 @@ def pair_arrays(rows: Sequence[PairRow], pad_id: int) -> tuple[Ints, Ints, Ints]
 
 
 def different(rows: Sequence[Row]) -> int:
-    """How many of the texts that belong to another differ: two at the least, or there is nothing to tell apart."""
-    return len({row.positive.tobytes() for row in rows if isinstance(row, PairRow)})
+    """How many of the texts to choose from differ: two at the least, or there is nothing to tell apart."""
+    pairs = (row for row in rows if isinstance(row, PairRow))
+    return len({text.tobytes() for row in pairs for text in row.texts[1:]})

@@ -113,7 +113,7 @@ def preview(
         _of_rows(path, tally, dataset, classes),
         window=window,
         lengths=[row.tokens for row in rows],
-        tokens=sum(len(row.ids) + (len(row.positive) if isinstance(row, PairRow) else 0) for row in rows),
+        tokens=sum(sum(map(len, row.texts)) if isinstance(row, PairRow) else len(row.ids) for row in rows),
         learnt=sum(end - start for row in rows for start, end in learnt_spans(row)),
         examples=[list(parts(rows[place], encode)) for place in places],
     )
@@ -151,8 +151,10 @@ def learnt_spans(row: Row) -> Iterator[tuple[int, int]]:
 def parts(row: Row, encode: Encoder) -> Iterator[Part]:
     """A row as text again, learnt and not; of a pair, what is to be found is marked."""
     if isinstance(row, PairRow):
-        yield Part(encode.decode(row.ids.tolist()) + "\n", learnt=False)
-        yield Part(encode.decode(row.positive.tolist()), learnt=True)
+        anchor, positive, *others = (encode.decode(text.tolist()) for text in row.texts)
+        yield Part(f"{anchor}\n", learnt=False)
+        yield Part(positive, learnt=True)
+        yield from (Part(f"\n{text}", learnt=False) for text in others)
         return
     ids, at = [int(i) for i in row.ids], 0
     for start, end in learnt_spans(row):

@@ -119,12 +119,15 @@ class Recording:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two texts that belong together: a question and its answer, two ways to say one thing."""
+    """Two texts that belong together: a question and its answer, two ways to say one thing. `negative` is one that
+    seems to and does not, "" = none.
+    """
 
     line: int
     conversation: str
     anchor: str
     positive: str
+    negative: str = ""
 
     @property
     def samples(self) -> int:
@@ -145,7 +148,8 @@ def normal_form(record: Record) -> dict[str, object]:
     if isinstance(record, Labelled):
         return {"text": record.text, "label": record.label, **named}
     if isinstance(record, Pair):
-        return {"anchor": record.anchor, "positive": record.positive, **named}
+        others = {"negative": record.negative} if record.negative else {}
+        return {"anchor": record.anchor, "positive": record.positive, **others, **named}
     return {"text": record.text, **named}
 
 

@@ -242,10 +242,12 @@ class RowMaker:
         if not (record.anchor.strip() and record.positive.strip()):
             self.seen.empty += 1
             return []
-        (anchor, cut), (positive, cut_too) = self._framed(record.anchor), self._framed(record.positive)
-        self.seen.shortened += cut or cut_too
+        texts = (record.anchor, record.positive, record.negative)
+        framed = [self._framed(text) for text in texts if text.strip()]
+        self.seen.shortened += any(cut for _, cut in framed)
         self.seen.kept += 1
-        return [pair_row(anchor, positive, record.conversation)]
+        (anchor, positive), others = [ids for ids, _ in framed[:2]], [ids for ids, _ in framed[2:]]
+        return [pair_row(anchor, positive, record.conversation, negative=others[0] if others else None)]
 
     def _framed(self, text: str) -> tuple[NDArray[np.int32], bool]:
         """A text as the model is used to see it, and whether it lost its end."""

@@ -78,8 +78,9 @@ class Trainer:
         lowest = lowest_layer(depth, self.layout.layers)
         parts: Iterable[BatchArrays] = pieces(batch, self._plan.rows)
         loss_sum, sums = 0.0, dict[str, Floats]()
-        if self.manifest.task == EMBED and 0 < self._plan.rows < len(batch.ids):
-            loss_sum, parts = yield from self._slopes(batch, fed)
+        rows = self._plan.rows or 2 * total  # of pairs with further texts, no more than was planned for
+        if self.manifest.task == EMBED and rows < len(batch.ids):
+            loss_sum, parts = yield from self._slopes(batch, fed, rows)
         for piece in parts:
             result = yield from self._streamer.step(piece, fed, lowest, total)
             loss_sum += result.loss_sum
@@ -90,10 +91,10 @@ class Trainer:
         return StepResult(loss_sum, total, self.layout.taken(sums))
 
     def _slopes(
-        self, batch: BatchArrays, fed: Mapping[str, Floats]
+        self, batch: BatchArrays, fed: Mapping[str, Floats], rows: int
     ) -> Generator[None, None, tuple[float, list[Slopes]]]:
-        """The loss of pairs that do not go through the layers together, and its gradient by each piece's vectors."""
-        found, places = list[Floats](), list(in_pieces(batch, self._plan.rows))
+        """The loss of pairs that go through the layers `rows` texts at a time, and its gradient by their vectors."""
+        found, places = list[Floats](), list(in_pieces(batch, rows))
         for at in places:
             found.append((yield from self._streamer.vectors(cut(batch, at), fed)))
         loss = in_batch(np.concatenate(found), batch)

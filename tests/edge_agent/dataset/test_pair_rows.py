@@ -88,7 +88,7 @@ def test_other_forms_stay_what_they_were(tmp_path: Path) -> None:
         ({"query": "a", "answer": 3}, r"line 1: a text is meant \(positive=None\)"),
         ({"sentence1": "a", "sentence2": "b", "score": 0.2}, r"line 1: a pair with a grade.*\(score=None\)"),
         ({"sentence1": "a", "sentence2": "b", "label": 0}, r"line 1: a pair with a grade.*\(label=None\)"),
-        ({"anchor": "a", "positive": "b", "negative": "c"}, r"line 1: a pair with a text.*\(negative=None\)"),
+        ({"anchor": "a", "positive": "b", "negative": ["c"]}, r"line 1: a text is meant \(negative=None\)"),
     ],
 )
 def test_what_is_no_pair_is_refused_by_line_and_field(
@@ -122,6 +122,17 @@ def test_a_batch_is_the_anchors_and_then_what_belongs_to_each(tmp_path: Path) ->
     assert texts == ["what is it", "where is it", "a lamp", "by the door"]
     assert (batch.labels == -100).all()  # no token is learnt
     assert not batch.ids[batch.mask == 0].any()
+
+
+def test_what_does_not_belong_stands_at_the_end_of_the_batch(tmp_path: Path) -> None:
+    text = "query,positive,negative\na,b,c\nd,e,\nf,g,h\n"
+    found = records(wrote(tmp_path, text))
+    assert found == [Pair(2, "", "a", "b", "c"), Pair(3, "", "d", "e"), Pair(4, "", "f", "g", "h")]
+    assert records(wrote(tmp_path, as_lines(normal_form(found[0]))))[0] == Pair(1, "", "a", "b", "c")
+    batch = make_batch(read(wrote(tmp_path, text)).rows, pad_id=0)
+    assert batch.classes is not None
+    assert "".join(map(chr, batch.ids[:, 0])) == "adfbegch"
+    assert batch.classes.tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
 
 
 def test_what_is_too_long_loses_its_end_and_what_is_empty_is_left_out(tmp_path: Path) -> None:
