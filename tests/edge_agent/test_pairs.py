@@ -10,13 +10,16 @@ import pytest
 import torch
 from encoders import pairs, random_vector
 
+from edge_agent import jobs, worker
 from edge_agent.bundle import Bundle, open_bundle
-from edge_agent.dataset import Batch
-from edge_agent.planner import Plan
+from edge_agent.dataset import Batch, load_encoder
+from edge_agent.planner import Plan, plan, step_rows, worker_bytes
 from edge_agent.trainer import Trainer, TrainState, train_round
 from edge_agent.trainer.pairs import SCALE, in_batch
 from edge_agent.trial import text, train_once
+from fedge.cli import main
 from fedge.errors import ConfigError, DataError, UsageError
+from fedge.io.adapter_file import read_adapter
 from fedge.messages import Training
 from quantize.formats import FORMATS
 from quantize.inputs import words_of
@@ -271,8 +274,6 @@ def test_a_pair_by_itself_is_refused(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_an_evaluation_has_no_batch_of_one_pair(bundle: Bundle, tmp_path: Path) -> None:
-    from edge_agent import jobs, worker
-
     job = jobs.Evaluate(
         bundle=str(bundle.folder),
         adapter=str(tmp_path / "zero.f32"),
@@ -286,3 +287,88 @@ def test_an_evaluation_has_no_batch_of_one_pair(bundle: Bundle, tmp_path: Path) 
     assert len(found.right) == 5
     assert found.loss_sum == pytest.approx(sum(found.nll))
     assert msgspec.json.decode(msgspec.json.encode(found), type=jobs.Evaluated) == found
+
+
+def test_a_board_of_little_memory_takes_pairs_in_pieces(bundle: Bundle, tmp_path: Path) -> None:
+    """A pair is two rows for the planner; what it plans is carried out: timed first, as in a fleet, then trained."""
+    training = Training(batch_rows=8, window_tokens=32, a_seed=SEED, rate=0.01)
+    manifest = bundle.manifest
+    assert step_rows(manifest, training) == 16
+    tight = min(worker_bytes(manifest, training, Plan(rows=rows)) for rows in (1, 2))
+    chosen = plan(manifest, training, tight)
+    assert 0 < chosen.rows < 16
+    words = {"bundle": str(bundle.folder), "training": training, "plan": chosen, "scratch": str(tmp_path)}
+    assert worker.gauge(jobs.Gauge(**words), lambda answer: None).seconds > 0
+    (tmp_path / "zero.f32").write_bytes(bytes(4 * bundle.layout.numbers))
+    job = jobs.Train(
+        **words,
+        adapter=str(tmp_path / "zero.f32"),
+        data=str(write_pairs(tmp_path / "pairs.jsonl")),
+        delta=str(tmp_path / "delta.f32"),
+        steps=3,
+    )
+    done = worker.train(job, lambda answer: None)
+    assert (done.steps, done.labels, done.samples) == (3, 24, 20)
+    whole = msgspec.structs.replace(job, plan=Plan(), delta=str(tmp_path / "whole.f32"))
+    worker.train(whole, lambda answer: None)
+    parts, plain = (np.fromfile(one.delta, "<f4") for one in (job, whole))
+    assert np.linalg.norm(parts - plain) < 0.05 * np.linalg.norm(plain)
+
+
+# ---------------------------------------------------------------- what a person types
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = main(["agent", *map(str, words)])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_vectors_are_printed_or_written(
+    bundle: Bundle, dequantised: SentenceEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["how are you", "the lazy dog and the hen", "best of the week"]
+    (tmp_path / "texts").write_text("\n\n".join(texts[1:]) + "\n")
+    words = ("embed", bundle.folder, texts[0], "--from", tmp_path / "texts", "--threads", 1)
+    code, out, err = run(capsys, *words)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert [one["text"] for one in found] == texts
+    vectors = np.array([one["vector"] for one in found], np.float32)
+    encode = load_encoder(bundle.tokenizer)
+    for said, vector in zip(texts, vectors, strict=True):
+        ids = torch.tensor([[*encode.before, *encode(said), *encode.after]])
+        expected = dequantised(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert np.allclose(vector, expected[0].detach().numpy(), atol=1e-5)
+    assert run(capsys, *words, "--out", tmp_path / "v.npy")[0] == 0
+    assert np.array_equal(np.load(tmp_path / "v.npy"), vectors)
+
+
+def test_an_adapter_moves_the_vectors(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, mine = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "mine"
+    assert (
+        run(capsys, "train-once", bundle.folder, data, "--steps", 2, "--window", 32, "--adapter-out", mine)[0]
+        == 0
+    )
+    header = read_adapter(mine, bundle.manifest).header
+    assert (header.rule, header.steps) == ("ffa", 2)
+    plain, moved = (
+        json.loads(run(capsys, "embed", bundle.folder, "a text", *more)[1])["vector"]
+        for more in ((), ("--adapter", mine))
+    )
+    assert not np.allclose(plain, moved, atol=1e-6)
+
+
+def test_what_has_no_vector_is_refused(
+    bundle: Bundle, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, said in (
+        ((tiny_bundle, "a text"), "makes no vectors"),
+        ((bundle.folder,), "no text is given"),
+        ((bundle.folder, " "), "without any letter"),
+        ((bundle.folder, "--from", tmp_path / "none"), "cannot be read"),
+    ):
+        code, out, err = run(capsys, "embed", *words)
+        assert code != 0
+        assert out == ""
+        assert said in err
