@@ -3,7 +3,9 @@
 Where attention works in pieces (`quantize.pieces`), the way back needs the weights of one piece after the other. They
 depend on queries and keys alone, so ONNX Runtime would compute those of all pieces as soon as it can, and hold them
 until their gradients come: all scores at once, which the pieces are there to avoid. So the product that begins each
-piece waits for the gradient that it will meet, by a Reshape to the shape that it has, as in `quantize.late`.
+piece waits for the gradient that it will meet, by a Reshape to the shape that it has, as in `quantize.late`. The
+gradient by the weights is as large as they are, and would be there for all pieces as soon as the one by the output
+is: it waits for the weights of its own piece.
 """
 
 from __future__ import annotations
@@ -31,14 +33,17 @@ def late_scores(model: onnx.ModelProto) -> onnx.ModelProto:
         for name in set(node.input):
             readers.setdefault(name, []).append(node)
     later = _after(graph)
-    waits: dict[str, str] = {}  # output of the product that begins a piece -> the gradient that it waits for
+    waits: dict[str, str] = {}  # output of a product as large as the scores -> what it waits for
     producers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
         if node.op_type == "Softmax" and node.output[0] not in later:
             met = list(_met(node.output[0], readers, later))
             start = _product(node.input[0], producers)
-            if met and None not in met and start is not None:
-                waits[start] = next(name for name in met if name is not None)
+            products = {name: _product(name, producers) for name in met if name is not None}
+            given = [name for name, product in products.items() if product is None]
+            if given and None not in met and start is not None:
+                waits[start] = given[0]
+                waits |= {product: node.output[0] for product in products.values() if product is not None}
     return _waiting(model, waits) if waits else model
 
 

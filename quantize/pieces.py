@@ -19,7 +19,7 @@ from quantize.anatomy import Anatomy
 from quantize.joint import EXAMPLE, example_aux
 
 NAME: Final = "fedge_in_pieces"
-PIECES_MAX: Final = 4  # a piece is some twenty nodes in the way back, and each takes its time to export
+PIECES_MAX: Final = 8  # a piece is some twenty nodes in the way back, and each takes its time to export
 TOKENS_MIN: Final = 512  # below, the scores are smaller than the rest
 
 

@@ -156,6 +156,7 @@ class Streamer:
         trained = range(lowest, self._depth)
         h, aux, forward = yield from self.features(batch.ids, batch.mask, adapter, trained)
         loss_sum, g, gradients = yield from self._end(h, batch, adapter, np.float32(of_labels or count))
+        del h  # as large as a checkpoint, and nobody's any more
         if g is None:
             return StepResult(loss_sum, count, {})
         for i in reversed(trained):

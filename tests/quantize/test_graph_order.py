@@ -111,6 +111,37 @@ def test_in_pieces_no_scores_are_made_before_their_gradient_is_there(graphs: dic
     assert late_scores(plain) is plain
 
 
+def test_the_way_back_holds_the_scores_of_one_piece(graphs: dict[str, Any]) -> None:
+    """Weights, their gradient and its product: three tensors as large as a piece's scores, and never another piece's."""
+    backward = [name for name in outputs_of(graphs["pieces"]) if name != "y"]
+    model = lowered(graphs, select(graphs["pieces"], backward))
+    assert scores_at_once(late_weights(late_scores(model))) == 3
+
+
+def scores_at_once(model: onnx.ModelProto) -> int:
+    """Most tensors [..., LENGTH, LENGTH] alive together when nodes run in the order of the file."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    made = [name for node in model.graph.node for name in node.output if name]
+    known = {value.name for value in model.graph.output}
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made if name not in known)
+    shapes = {name: value.shape for name, value in run(watched).items()}
+    whole: dict[str, str] = {}  # a Reshape is another view of what it reads
+    last: dict[str, int] = {}
+    for at, node in enumerate(model.graph.node):
+        last |= {whole.get(name, name): at for name in node.input}
+        if node.op_type == "Reshape":
+            whole[node.output[0]] = whole.get(node.input[0], node.input[0])
+    alive: set[str] = set()
+    most = 0
+    for at, node in enumerate(model.graph.node):
+        if node.op_type != "Reshape" and shapes[node.output[0]][-2:] == (LENGTH, LENGTH):
+            alive.add(node.output[0])
+        most = max(most, len(alive))
+        alive = {name for name in alive if last.get(name, at) > at}
+    return most
+
+
 def waiting_softmaxes(model: onnx.ModelProto) -> int:
     later, found = {"gy"}, 0
     for node in model.graph.node:
