@@ -90,7 +90,7 @@ def main() -> int:
         side = {"ours": _ours, "torch": _torch}[arguments.child[0]]
         print(msgspec.json.encode(side(msgspec.json.decode(arguments.child[1], type=Spec))).decode())
         return 0
-    data = _read(arguments.data)
+    data = read_data(arguments.data)
     if data is None:
         progress("skipped: --data must name a folder with data_full.json or data_full.json.gz of CLINC150")
         print_report("classification", [], arguments)
@@ -101,7 +101,7 @@ def main() -> int:
     return 0
 
 
-def _read(folder: Path | None) -> dict[str, list[list[str]]] | None:
+def read_data(folder: Path | None) -> dict[str, list[list[str]]] | None:
     """Parts of the data set: lists of (utterance, intent)."""
     for path in (folder / name for name in _FILES) if folder is not None else ():
         if path.is_file():

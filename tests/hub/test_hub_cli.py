@@ -22,6 +22,7 @@ from fedge.io.adapter_file import read_adapter
 from fedge.io.peft_folder import read_peft
 from fedge.joining import JoinToken
 from fedge.lora import AdapterLayout, LoraConfig
+from fedge.messages import Training
 from fedge.release import (
     FORMAT,
     MANIFEST,
@@ -32,6 +33,7 @@ from fedge.release import (
     open_manifest,
     sign_manifest,
 )
+from fedge.rules import usual_rate, usual_rows
 from hub.blobs import Blobs
 from hub.campaigns import Wish, check
 from hub.effects import LedgerEntry
@@ -309,6 +311,15 @@ def test_an_adapter_too_large_for_a_report() -> None:
     with pytest.raises(ConfigError, match="lower rank"):
         check(Wish("c"), limits.TRANSFER_BYTES_MAX // 2)
     check(Wish("c"), 184_320)
+
+
+def test_pairs_come_two_at_a_time_at_the_least() -> None:
+    with pytest.raises(ConfigError, match=r"batch_rows=1: 2 to 256"):
+        check(Wish("c", batch_rows=1), NUMBERS, rows_min=2)
+    check(Wish("c", batch_rows=2), NUMBERS, rows_min=2)
+    check(Wish("c", batch_rows=1), NUMBERS)
+    assert usual_rows("embed") > usual_rows("generate") == Training().batch_rows
+    assert usual_rate("ffa", "embed") < usual_rate("ffa", "classify") == Training().rate
 
 
 def test_a_changed_bundle(home: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
