@@ -4,7 +4,8 @@ SmolLM2-135M's GGUF is on a 4-bit grid (Q4_1), which int4d and int8d hold exactl
 easy or too odd a source, so they get the same model with its channels shuffled: residual stream, MLP and heads in
 another order, the same function to the last digits, and no block of 32 on a grid any more. Judged by the held-out
 messages of BYU chit-chat: KL(source || format) over the whole vocabulary at every label, and the loss of the graphs
-that a device runs. A step is one forward and backward pass over 4 x 64 tokens, one thread.
+that a device runs. A step is one forward and backward pass over 4 x 64 tokens, one thread. HQQ and AWQ stand beside our
+fit as others have them (`format_peers.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before a librar
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from format_peers import awq, hqq  # noqa: E402
 from report import Row, parser, print_report, progress  # noqa: E402
 
 from edge_agent.dataset import TextExample, load_encoder, render  # noqa: E402
@@ -32,7 +34,7 @@ from fedge.messages import Template  # noqa: E402
 from firmware_sim.processes.people import read_people, split_people  # noqa: E402
 from quantize.blocks import graph_config, linears_of, matrix_of  # noqa: E402
 from quantize.choice import weight_bytes  # noqa: E402
-from quantize.fit import fit  # noqa: E402
+from quantize.fit import Calibration, fit, own_text  # noqa: E402
 from quantize.formats import FORMATS, Parts, WeightFormat, converted, decode, encode  # noqa: E402
 from quantize.reference import Batch, random_adapter  # noqa: E402
 from quantize.runner import IGNORE, Runner  # noqa: E402
@@ -51,7 +53,7 @@ class Case:
     """One line of the table: a format, how weights come to it, and from which source."""
 
     format: str
-    method: str  # "import", "nearest" or "fit"
+    method: str  # "import", "nearest", "fit"; "hqq", "awq" (then nearest) or "awq then gptq"
     kl_goal: str | None = None
     loss_goal: str | None = None
     device: bool = True  # whether the graphs are built and run
@@ -67,12 +69,20 @@ CASES = (
     Case("int8d", "nearest", device=False),
     Case("int8c", "nearest"),
     Case("int4d", "nearest", device=False),
+    Case("int4d", "hqq", device=False),
+    Case("int4d", "awq", device=False),
+    Case("int4d", "awq then gptq", device=False),
     Case("int4d", "fit", loss_goal="<= 0.02"),
     Case("int4gz", "nearest", device=False),
     Case("int4gz", "fit"),
     Case("nf4", "nearest"),
 )
-QUICK = (Case("int8g", "nearest"), Case("int4d", "fit", device=False))
+QUICK = (
+    Case("int8g", "nearest"),
+    Case("int4d", "hqq", device=False),
+    Case("int4d", "awq then gptq", device=False),
+    Case("int4d", "fit", device=False),
+)
 HEAD_ROWS = 4096
 
 
@@ -175,14 +185,17 @@ def matrices(source: Source) -> dict[str, torch.Tensor]:
 
 
 def parts_of(source: Source, case: Case, fmt: WeightFormat) -> dict[str, Parts]:
-    """The source's matrices in a format, by the case's method; its model gets the same values."""
+    """The source's matrices in a format, by the case's method; its model gets the same values. AWQ leaves no parts."""
     if case.method == "fit":
         return fit(source, fmt, lambda phase, fraction: progress(f"{case.name} {fraction:.0%}"))
+    if case.method.startswith("awq"):
+        awq(source, own_text(source, Calibration()), fmt, fitted=case.method != "awq")
+        return {}
     found: dict[str, Parts] = {}
     for name, value in matrices(source).items():
         known = source.exact.get(name)
         kept = converted(*known, fmt) if known is not None else None
-        found[name] = kept or encode(value.numpy(), fmt)
+        found[name] = kept or (hqq(value, fmt) if case.method == "hqq" else encode(value.numpy(), fmt))
         with torch.no_grad():
             value.copy_(torch.from_numpy(decode(found[name], fmt)))
     return found
