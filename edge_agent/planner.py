@@ -34,7 +34,7 @@ _TOKENIZER_RATIO: Final = 26  # a loaded tokenizer over its file; it is let go b
 _MARGIN: Final = 1.1  # what a prediction may be wrong by
 _KEEP_LAYERS: Final = (1.0, 0.75, 0.5, 0.25)  # few choices: a warm worker keeps its plan
 _KEEP_SHARE: Final = 0.5  # of free memory, at most, goes into what only saves time
-_PIECES_MAX: Final = 4  # of attention (quantize.pieces), where a model takes texts as long as this
+_PIECES_MAX: Final = 8  # of attention (quantize.pieces), where a model takes texts as long as this
 _PIECES_TOKENS: Final = 512
 _SMALL_SLICE: Final = 1_024  # rows of the output matrix at a time, when memory is short
 _FLOAT: Final = 4
@@ -42,8 +42,8 @@ _FLOAT: Final = 4
 # How many floats a position needs at the worst moment, in units of the widest matrix and of the hidden state; and how
 # much of what an arena has is lost to pieces that fit nothing.
 _FORWARD_WIDE, _FORWARD_HIDDEN = 3.0, 4.0
-_BACKWARD_WIDE, _BACKWARD_HIDDEN = 6.0, 14.0
-_ATTENTION_HIDDEN, _ATTENTION_PIECES = 14.0, 4.0
+_BACKWARD_WIDE, _BACKWARD_HIDDEN = 5.0, 10.0
+_ATTENTION_HIDDEN, _ATTENTION_PIECES = 10.0, 4.0
 _ARENA: Final = 1.12
 
 

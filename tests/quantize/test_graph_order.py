@@ -112,7 +112,7 @@ def test_in_pieces_no_scores_are_made_before_their_gradient_is_there(graphs: dic
 
 
 def test_the_way_back_holds_the_scores_of_one_piece(graphs: dict[str, Any]) -> None:
-    """Weights, their gradient and its product: three tensors as large as a piece's scores, and never another piece's."""
+    """Weights, their gradient and its product: three tensors as large as a piece's scores, none of another piece."""
     backward = [name for name in outputs_of(graphs["pieces"]) if name != "y"]
     model = lowered(graphs, select(graphs["pieces"], backward))
     assert scores_at_once(late_weights(late_scores(model))) == 3
