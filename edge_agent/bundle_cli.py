@@ -250,7 +250,7 @@ def _facts(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "vocabulary": manifest.vocabulary,
         "positions_max": manifest.positions_max,
         "classes": list(manifest.classes),
-        **_hearing(manifest),
+        **_beside(manifest),
         "runtime_min": manifest.runtime_min,
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "adapter": {
@@ -269,9 +269,11 @@ def _facts(manifest: Manifest, folder: Path) -> dict[str, Any]:
     }
 
 
-def _hearing(manifest: Manifest) -> dict[str, Any]:
-    """What a bundle of recordings hears at once."""
-    audio = manifest.hears
+def _beside(manifest: Manifest) -> dict[str, Any]:
+    """What a bundle of recordings hears at once, and what one for vectors makes of a text."""
+    audio, vectors = manifest.hears, manifest.embeds
+    if vectors is not None:
+        return {"vectors": {"pooling": vectors.pooling, "normalised": vectors.normalised}}
     if audio is None:
         return {}
     return {"audio": {"seconds": audio.seconds, "sample_rate": audio.sample_rate, "mels": audio.mels}}

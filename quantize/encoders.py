@@ -34,7 +34,14 @@ from quantize.watching import layers_of
 CLASSES_MAX: Final = 10_000
 CLASS_CHARS_MAX: Final = 200
 # Query and value under the names that families give them, for users who name no targets.
-_TARGETS: Final = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"), ("Wqkv",), ("c_attn",))
+_TARGETS: Final = (
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("q_proj", "v_proj"),
+    ("q", "v"),
+    ("Wqkv",),
+    ("c_attn",),
+)
 _PROBLEMS: Final = (None, "single_label_classification")
 
 

@@ -24,7 +24,7 @@ from quantize.anatomy import BATCH, LENGTH, Anatomy, Size, take
 from quantize.blocks import block_parameters
 from quantize.idle import drop_idle
 from quantize.sequences import cut_sequences
-from quantize.tracing import onnx_of, program_of, tracing
+from quantize.tracing import changes_nothing, onnx_of, program_of, tracing
 from quantize.watching import untraceable
 
 _LENGTH_MAX: Final = 1 << 20
@@ -143,6 +143,8 @@ def traced_graph(
         program = program_of(traced, mode.shape_env)
         if program is None:
             program = torch.export.export(traced, arguments, dynamic_shapes=shapes, strict=False)
+            if not all(map(changes_nothing, traced.graph.nodes)):
+                program = program.run_decompositions({})  # what is done in place becomes a value of its own
     program.run_decompositions = lambda *_: program
     return to_onnx(program, inputs, outputs)
 

@@ -52,7 +52,7 @@ def program_of(traced: GraphModule, sizes: ShapeEnv) -> ExportedProgram | None:
     That is a trace with tensors of its own, one that changes a tensor in place, and one that holds for some sizes
     only: tracing it once more is how torch lifts, functionalises and refuses those.
     """
-    plain = all(map(_is_plain, traced.graph.nodes))
+    plain = all(map(changes_nothing, traced.graph.nodes))
     if sizes.guards or sizes.replacements or not plain or not _ask_inputs_for_sizes(traced):
         return None
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -64,7 +64,7 @@ def program_of(traced: GraphModule, sizes: ShapeEnv) -> ExportedProgram | None:
     return ExportedProgram(traced, traced.graph, signature, {}, {}, [])
 
 
-def _is_plain(node: Node) -> bool:
+def changes_nothing(node: Node) -> bool:
     """Whether the node is an input, the output, or an operator that changes nothing."""
     if node.op != "call_function":
         return node.op in ("placeholder", "output")

@@ -71,6 +71,7 @@ ENCODERS: Final[dict[str, Encoder]] = {
         ("q_proj", "v_proj"),
     ),
     "bare": Encoder(_config("BertConfig", **_SIZES), "BertModel", ("query", "value")),
+    "mpnet": Encoder(_config("MPNetConfig", **_SIZES), "MPNetModel", ("q", "v")),
 }
 
 
@@ -93,12 +94,13 @@ def write_model(folder: Path, name: str) -> Path:
     return folder
 
 
-POOLINGS: Final = {"mean": ("mean", True), "cls": ("cls", False), "plain": None}
+# As sentence-transformers saves an encoder: its pooling, and whether length is one; None is a folder that says nothing.
+POOLINGS: Final = {"mean": ("mean", True), "cls": ("cls", False), "plain": None, "mpnet": ("mean", True)}
 
 
 def write_sentences(folder: Path, name: str) -> Path:
-    """A bare encoder as sentence-transformers saves one: pooling and whether length is one; `plain` says nothing."""
-    write_model(folder, "bare")
+    """A bare encoder as `POOLINGS` says; MPNet adds positions to its scores in place, in every layer."""
+    write_model(folder, name if name in ENCODERS else "bare")
     made = POOLINGS[name]
     if made is not None:
         write_modules(folder, *made)
