@@ -103,6 +103,32 @@ def test_the_prediction_follows_measured_processes(
     assert found == pytest.approx(anonymous * MB, rel=0.1)
 
 
+def llama_3b(manifest: Manifest) -> Manifest:
+    """The sizes of Llama-3.2-3B in int4d."""
+    shapes = {"down": (3_072, 4_096), "gate": (8_192, 1_536), "up": (8_192, 1_536), "q": (3_072, 1_536)}
+    shapes |= {"o": (3_072, 1_536), "k": (1_024, 1_536), "v": (1_024, 1_536)}
+    return msgspec.structs.replace(
+        smollm2(manifest),
+        layers=4,
+        hidden=3_072,
+        vocabulary=128_256,
+        heads=24,
+        kv_heads=8,
+        lora_shapes={"self_attn.q_proj": (3_072, 3_072), "self_attn.v_proj": (1_024, 3_072)},
+        tensors={f"L0/{name}.w.q": TensorPlace(0, shape, "uint8") for name, shape in shapes.items()},
+    )
+
+
+@pytest.mark.parametrize(("tokens", "anonymous"), [(256, 254.0), (1_024, 477.3), (2_048, 885.1)])
+def test_the_prediction_follows_blocks_twenty_times_as_large(
+    manifest: Manifest, tokens: int, anonymous: float
+) -> None:
+    """Wide matrices, eight pieces of attention, checkpoints in a file: within a tenth; cut to a few layers."""
+    chosen, training = Plan(checkpoints="file", head_rows=1_024), Training(batch_rows=1, window_tokens=tokens)
+    found = need(llama_3b(manifest), training, chosen, label_share=0.3, data=False).anonymous
+    assert found == pytest.approx(anonymous * MB, rel=0.1)
+
+
 # ---------------------------------------------------------------- choosing
 SIZES = (2_000, 600, 300, 195, 160)
 
