@@ -33,10 +33,11 @@ def main() -> None:
 def section(run: dict[str, Any]) -> str:
     """One benchmark as a table."""
     name, rows = run["benchmark"], run["rows"]
+    command = f"./run bench {name} {run.get('options', '')}".strip()
     lines = [
         f"## {name}",
         "",
-        f"`./run bench {name}` · {run['machine']} · commit {run['commit']} · seed {run['seed']}, {run['runs']} runs",
+        f"`{command}` · {run['machine']} · commit {run['commit']} · seed {run['seed']}, {run['runs']} runs",
         "",
         "| figure | case | value | spread | goal | met | baseline | ratio |",
         "|---|---|---|---|---|---|---|---|",

@@ -106,6 +106,8 @@ def print_report(benchmark: str, rows: Sequence[Row], args: argparse.Namespace) 
         "seed": args.seed,
         "runs": args.runs,
     }
+    if options := _options(args):
+        head["options"] = options
     if args.quick:
         head["quick"] = True
     if args.json:
@@ -113,6 +115,17 @@ def print_report(benchmark: str, rows: Sequence[Row], args: argparse.Namespace) 
         return
     print("  ".join(f"{key}: {value}" for key, value in head.items()))
     _print_table(rows)
+
+
+def _options(args: argparse.Namespace) -> str:
+    """What was typed, without the form of the output and without paths: they say nothing on another machine."""
+    words, paths = sys.argv[1:], {str(value) for value in vars(args).values() if isinstance(value, Path)}
+    following = [*words[1:], ""]
+    return " ".join(
+        word
+        for word, then in zip(words, following, strict=True)
+        if word != "--json" and not paths & {word, then} and "/" not in word
+    )
 
 
 def _as_object(row: Row) -> dict[str, object]:
