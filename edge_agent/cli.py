@@ -265,6 +265,7 @@ def _train_once(arguments: argparse.Namespace) -> None:
     from fedge.rules import usual_rows
 
     bundle = _either(arguments.bundle_folder, arguments.bundle, "BUNDLE")
+    data = _either(arguments.data_file, arguments.data, "DATA")
     task = trial.open_bundle_manifest(bundle).task
     rule, rate = rule_and_rate(arguments.rule, arguments.rate, arguments.start, task)
     wanted = {
@@ -283,7 +284,7 @@ def _train_once(arguments: argparse.Namespace) -> None:
         raise UsageError(f"training cannot be done so: {error}") from error
     found = trial.train_once(
         bundle,
-        _either(arguments.data_file, arguments.data, "DATA"),
+        data,
         steps=arguments.steps,
         training=training,
         threads=arguments.threads,
