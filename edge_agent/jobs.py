@@ -194,9 +194,8 @@ class Evaluated(Answer, frozen=True):
     counts: Counts
     verified: VerifiedStamp
     memory: Memory
-    right: list[
-        bool
-    ] = []  # whether the first choice for a row is its class, or for a pair its own text in the batch
+    # Whether the first choice for a row is its class, or for a pair its own text in the batch.
+    right: list[bool] = []
 
 
 class Gauged(Answer, frozen=True):
