@@ -129,7 +129,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     from fedge.rules import usual_rows
 
     manifest = _open(arguments.bundle)
-    wanted = {"batch_rows": arguments.rows or usual_rows(manifest.task), "window_tokens": arguments.window}
+    rows_wanted = usual_rows(manifest.task) if arguments.rows is None else arguments.rows
+    wanted = {"batch_rows": rows_wanted, "window_tokens": arguments.window}
     try:
         training = msgspec.convert({n: v for n, v in wanted.items() if v is not None}, Training)
     except msgspec.ValidationError as error:

@@ -2,7 +2,8 @@
 
 The rule: every limit is known here, before the graph. A prompt that leaves no position is refused, or cut at its
 beginning if that is asked for; generation stops at the end of the position table and says so. What was read stays in
-the cache, so that the next turn of a conversation reads only what is new.
+the cache, so that the next turn of a conversation reads only what is new. A seed gives the same text from a generator
+in the same state: what is read at once and what is read bit by bit differ by rounding, which may turn a drawn token.
 """
 
 from __future__ import annotations

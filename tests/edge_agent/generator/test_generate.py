@@ -100,15 +100,14 @@ def test_greedy_text_is_the_argmax_again_and_again(bundle: Bundle, generator: Ge
         ids.append(token)
 
 
-def test_pieces_joined_are_the_text_and_the_same_prompt_gives_the_same_text(generator: Generator) -> None:
+def test_pieces_joined_are_the_text_and_the_same_prompt_gives_the_same_text(bundle: Bundle) -> None:
     request = Request(Sampling(temperature=1.5, seed=4), max_tokens=30)
-    stream = generator.stream("how are", request)
+    stream = Generator(bundle).stream("how are", request)
     pieces = list(stream)
-    assert "".join(pieces) == stream.text == generator.stream("how are", request).finish().text
+    assert "".join(pieces) == stream.text == Generator(bundle).stream("how are", request).finish().text
     assert stream.ending in (Ending.MAX_TOKENS, Ending.EOS)
-    assert (
-        generator.stream("how are", Request(Sampling(temperature=1.5, seed=5), 30)).finish().ids != stream.ids
-    )
+    other = Request(Sampling(temperature=1.5, seed=5), 30)
+    assert Generator(bundle).stream("how are", other).finish().ids != stream.ids
 
 
 def test_streams_that_take_turns_do_not_disturb_each_other(generator: Generator) -> None:
