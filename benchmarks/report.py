@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def _options(args: argparse.Namespace) -> str:
     """What was typed, without the form of the output and without paths: they say nothing on another machine."""
     words, paths = sys.argv[1:], {str(value) for value in vars(args).values() if isinstance(value, Path)}
     following = [*words[1:], ""]
-    return " ".join(
+    return shlex.join(
         word
         for word, then in zip(words, following, strict=True)
         if word != "--json" and not paths & {word, then} and "/" not in word
