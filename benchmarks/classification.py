@@ -90,10 +90,8 @@ def main() -> int:
         side = {"ours": _ours, "torch": _torch}[arguments.child[0]]
         print(msgspec.json.encode(side(msgspec.json.decode(arguments.child[1], type=Spec))).decode())
         return 0
-    data = read_data(arguments.data)
+    data = read_data("classification", arguments)
     if data is None:
-        progress("skipped: --data must name a folder with data_full.json or data_full.json.gz of CLINC150")
-        print_report("classification", [], arguments)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         rows = _measure(data, Path(folder), arguments)
@@ -101,14 +99,17 @@ def main() -> int:
     return 0
 
 
-def read_data(folder: Path | None) -> dict[str, list[list[str]]] | None:
-    """Parts of the data set: lists of (utterance, intent)."""
+def read_data(benchmark: str, arguments: Any) -> dict[str, list[list[str]]] | None:
+    """Parts of CLINC150 in the folder `--data`: (utterance, intent). Without it, prints an empty report."""
+    folder: Path | None = arguments.data
     for path in (folder / name for name in _FILES) if folder is not None else ():
         if path.is_file():
             packed = path.read_bytes()
             content = gzip.decompress(packed) if path.suffix == ".gz" else packed
             found: dict[str, list[list[str]]] = json.loads(content)
             return found
+    progress("skipped: --data must name a folder with data_full.json or data_full.json.gz of CLINC150")
+    print_report(benchmark, [], arguments)
     return None
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from people import Bench
 from report import Row, progress
 
-from edge_agent.dataset import Batch, batches, evaluation_batches, load_dataset, load_encoder
+from edge_agent.dataset import Batch, batches, evaluation_batches
 from edge_agent.dataset import Row as DataRow
 from edge_agent.personal import HELD_OUT_ROWS, STEPS, mean_loss, personalise
 from edge_agent.round import data_seed
@@ -75,18 +75,10 @@ class Desk:
         self.trainer = Trainer(bench.bundle, a_seed=training.a_seed)
         self.rule = rule_of("ffa", bench.bundle.layout, training.a_seed)
         self.fleet: Tensors = self.rule.tensors(state)
-        self._encode = load_encoder(bench.bundle.tokenizer)
 
     def rows(self, person: str, name: str) -> tuple[DataRow, ...]:
         """Rows of one of a person's files."""
-        manifest = self.bench.bundle.manifest
-        return load_dataset(
-            self.bench.folder / person / f"{name}.jsonl",
-            self.training.template,
-            self._encode,
-            eos_id=manifest.eos_id,
-            window=self.training.window_tokens,
-        ).rows
+        return self.bench.rows(person, name, self.training)
 
     def training_batches(
         self, rows: tuple[DataRow, ...], person: str, number: int, count: int

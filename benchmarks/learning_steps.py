@@ -22,7 +22,8 @@ from people import MODEL, Bench, make_bundle
 from report import Row, progress
 
 from edge_agent.bundle import Bundle, open_bundle
-from edge_agent.dataset import Batch, evaluation_batches, load_dataset, load_encoder, make_batch
+from edge_agent.dataset import Batch, evaluation_batches, make_batch
+from edge_agent.dataset import Row as DataRow
 from edge_agent.personal import mean_loss
 from edge_agent.planner import Plan
 from edge_agent.trainer import Trainer
@@ -122,20 +123,9 @@ def _table(
 def _order(bench: Bench, seed: int, marks: tuple[int, ...]) -> Order:
     """Messages of all who take part in one pool, drawn anew for each step."""
     manifest, training = bench.bundle.manifest, Training()
-    encode = load_encoder(bench.bundle.tokenizer)
 
-    def rows(name: str) -> list[Any]:
-        return [
-            row
-            for person in bench.groups["took part"]
-            for row in load_dataset(
-                bench.folder / person / f"{name}.jsonl",
-                training.template,
-                encode,
-                eos_id=manifest.eos_id,
-                window=training.window_tokens,
-            ).rows
-        ]
+    def rows(name: str) -> list[DataRow]:
+        return [row for person in bench.groups["took part"] for row in bench.rows(person, name, training)]
 
     pool, draw = rows("train"), random.Random(seed)
     measured = evaluation_batches(rows("heldout"), size=EVALUATION_ROWS, pad_id=manifest.pad_id)

@@ -11,8 +11,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from report import progress
 
-from edge_agent.bundle import Bundle, open_bundle
-from edge_agent.dataset import load_encoder
+from edge_agent.bundle import open_bundle
+from edge_agent.dataset import Encode, Row, load_dataset, load_encoder
 from fedge.io import assets
 from fedge.lora import LoraConfig
 from fedge.messages import Training
@@ -44,7 +44,8 @@ class Bench:
     def __init__(self, bundle: Path | None, scale: Scale, folder: Path, processes: int) -> None:
         self.scale, self.folder, self.processes = scale, folder, processes
         self.bundle = open_bundle(bundle or make_bundle(folder / "bundle"))
-        part, unseen = _write_people(self.bundle, scale, folder)
+        self._encode = load_encoder(self.bundle.tokenizer)
+        part, unseen = _write_people(scale, folder, self._encode)
         self.groups = {"took part": part, "never seen": unseen}
 
     @property
@@ -56,6 +57,16 @@ class Bench:
         """The rounds of those who take part."""
         people = {name: self.folder / name / "train.jsonl" for name in self.groups["took part"]}
         return Plan(self.bundle.folder, people, training, self.scale.rounds, self.scale.steps, depth)
+
+    def rows(self, person: str, name: str, training: Training) -> tuple[Row, ...]:
+        """Rows of one of a person's files: train, validation or heldout."""
+        return load_dataset(
+            self.folder / person / f"{name}.jsonl",
+            training.template,
+            self._encode,
+            eos_id=self.bundle.manifest.eos_id,
+            window=training.window_tokens,
+        ).rows
 
     def losses(self, adapter: bytes, training: Training) -> dict[str, PersonLoss]:
         """Of everybody, on held-out messages."""
@@ -94,11 +105,9 @@ def make_bundle(folder: Path, weights_format: str | None = None) -> Path:
     return folder
 
 
-def _write_people(bundle: Bundle, scale: Scale, folder: Path) -> tuple[list[str], list[str]]:
+def _write_people(scale: Scale, folder: Path, encode: Encode) -> tuple[list[str], list[str]]:
     data = assets.pull("data", "chitchat")
-    groups = split_people(
-        read_people(data), scale.devices, scale.unseen, encode=load_encoder(bundle.tokenizer)
-    )
+    groups = split_people(read_people(data), scale.devices, scale.unseen, encode=encode)
     for split in (*groups[0], *groups[1]):
         write_person(
             folder / split.person, dataclasses.replace(split, heldout=split.heldout[: scale.heldout])

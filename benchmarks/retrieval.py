@@ -35,10 +35,8 @@ def main() -> int:
     flags.add_argument("--steps", type=int, default=20)
     flags.add_argument("--rows", type=int, default=16, help="pairs in a step (16)")
     arguments = flags.parse_args()
-    data = read_data(arguments.data)
+    data = read_data("retrieval", arguments)
     if data is None:
-        progress("skipped: --data must name a folder with data_full.json or data_full.json.gz of CLINC150")
-        print_report("retrieval", [], arguments)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         rows = _measure(_Utterances(data, arguments.seed, arguments.quick), Path(folder), arguments)

@@ -38,19 +38,15 @@ def _embed(arguments: argparse.Namespace) -> None:
     from edge_agent.bundle import open_bundle
     from edge_agent.embedder import Embedder
     from edge_agent.resources import threads_allowed
-    from fedge.errors import UnsupportedError, UsageError
+    from fedge.errors import UsageError
     from fedge.io import durable
-    from fedge.io.adapter_file import read_adapter
+    from fedge.io.adapter_file import read_trained
 
     texts = list(_texts(arguments))
     if not texts:
         raise UsageError("no text is given", hint="fedge agent embed BUNDLE 'a text' 'another'")
     bundle = open_bundle(arguments.bundle)
-    adapter = read_adapter(arguments.adapter, bundle.manifest) if arguments.adapter else None
-    if adapter is not None and adapter.header.lora != bundle.manifest.lora:
-        raise UnsupportedError(
-            f"{arguments.adapter} has another config than the bundle", field="lora", value=adapter.header.lora
-        )
+    adapter = read_trained(arguments.adapter, bundle.manifest) if arguments.adapter else None
     embedder = Embedder(
         bundle, threads_allowed(arguments.threads), None if adapter is None else adapter.tensors
     )

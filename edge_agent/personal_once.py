@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,13 +16,8 @@ from edge_agent import jobs, trial
 from edge_agent.dataset import Reading
 from edge_agent.resources import threads_allowed
 from edge_agent.trial import OnProgress
-from fedge.errors import UnsupportedError
 from fedge.io import durable
 from fedge.messages import Training
-from fedge.release import Manifest
-
-if TYPE_CHECKING:
-    from fedge.io.adapter_file import Adapter
 
 
 class Personal(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,18 +56,18 @@ def personalise_once(
 ) -> Personal:
     """Try own steps from the adapter file `start`; write `out` when they are kept.
 
-    Raises what the worker's job raises, the refusals of `fedge.io.adapter_file.read_adapter`, UnsupportedError for an
-    adapter of another config than the bundle's, UsageError when `out` would replace something else.
+    Raises what the worker's job raises, the refusals of `fedge.io.adapter_file.read_trained`, UsageError when
+    `out` would replace something else.
     """
     import numpy as np
 
     from edge_agent.personal import HELD_OUT_ROWS, RATE, STEPS
-    from fedge.io.adapter_file import adapter_of_state, write_adapter
+    from fedge.io.adapter_file import adapter_of_state, read_trained, write_adapter
     from fedge.rules import rule_of
 
     manifest = trial.open_bundle_manifest(bundle)
     trial.check_target(out)
-    adapter = _fleets_adapter(start, manifest)
+    adapter = read_trained(start, manifest)
     rule = rule_of("fedit", manifest.layout, bytes(16))
     folder = Path(tempfile.mkdtemp(prefix="fedge-personal-"))  # 0700
     try:
@@ -107,13 +101,3 @@ def personalise_once(
         training_rows=reply.samples,
         adapter=str(out) if reply.own else "",
     )
-
-
-def _fleets_adapter(start: Path, manifest: Manifest) -> Adapter:
-    from fedge.io.adapter_file import read_adapter
-
-    adapter = read_adapter(start, manifest)
-    config = adapter.header.lora
-    if config != manifest.lora:
-        raise UnsupportedError(f"{start} has another config than the bundle", field="lora", value=config)
-    return adapter

@@ -88,16 +88,17 @@ class Warm:
 
 def _verified(job: BundleJob) -> Bundle:
     from edge_agent.bundle import open_bundle
+    from fedge.rules import least_rows
 
     bundle = open_bundle(
         Path(job.bundle), publisher=job.publisher, sha256=job.manifest, verified=job.verified
     )
-    window, pairs = job.training.window_tokens, job.training.batch_rows
-    if bundle.manifest.task == "embed" and pairs < 2:
+    window, rows = job.training.window_tokens, job.training.batch_rows
+    if rows < least_rows(bundle.manifest.task):
         raise ConfigError(
             "a batch of one pair has nothing to be told from",
             field="batch_rows",
-            value=pairs,
+            value=rows,
             hint="Take 2 at the least; 16 to 64 learn more",
         )
     if bundle.manifest.hears is None and window > bundle.manifest.positions_max:

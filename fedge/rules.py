@@ -53,6 +53,11 @@ def usual_rows(task: str) -> int:
     return _PAIRS_ROWS if task == "embed" else Training().batch_rows
 
 
+def least_rows(task: str) -> int:
+    """Examples that a step cannot do without: a pair by itself has nothing to be told from."""
+    return 2 if task == "embed" else 1
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """What travels in a round: tensors by name, in the order of the vector."""

@@ -17,7 +17,7 @@ from fedge.io.peft_folder import changes_of, read_peft
 from fedge.lora import RULES, AdapterLayout
 from fedge.messages import Training
 from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, Manifest, open_manifest
-from fedge.rules import rule_of, started_from, usual_rate, usual_rows
+from fedge.rules import least_rows, rule_of, started_from, usual_rate, usual_rows
 from hub.blobs import Blobs
 from hub.effects import CampaignRow
 from hub.registry import ID_PATTERN
@@ -65,7 +65,7 @@ def make_campaign(
     layout = manifest.layout
     rows = usual_rows(manifest.task) if wish.batch_rows is None else wish.batch_rows
     a_seed = hashlib.sha256(_SEED_DOMAIN + f"{wish.name} {wish.seed}".encode()).digest()[:16]
-    check(wish, _largest_report(wish, layout, a_seed), rows_min=2 if manifest.task == "embed" else 1)
+    check(wish, _largest_report(wish, layout, a_seed), rows_min=least_rows(manifest.task))
     rate = usual_rate(wish.rule, manifest.task) if wish.rate is None else wish.rate
     rule = rule_of(wish.rule, layout, a_seed)
     first = rule.initial()
@@ -126,7 +126,7 @@ def read_bundle(folder: Path) -> tuple[Manifest, bytes, bytes]:
 def check(wish: Wish, numbers: int, rows_min: int = 1) -> None:
     """Raises one ConfigError that names everything that is wrong, not just the first.
 
-    A step of pairs has `rows_min` = 2 examples at the least: a pair by itself teaches nothing.
+    A step has `rows_min` examples at the least (`fedge.rules.least_rows`).
     """
     problems = [*_wrong_task(wish, numbers), *_wrong_schedule(wish)]
     if wish.batch_rows is not None:

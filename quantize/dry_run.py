@@ -41,7 +41,7 @@ from fedge.release import (
 )
 from quantize.audio import is_audio
 from quantize.blocks import adapted_modules, graph_config, linears_of, matrix_of
-from quantize.encoders import outline_classifier, task_of, with_targets
+from quantize.encoders import outline_classifier, task_for, task_of, with_targets
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat
 from quantize.sentences import outline_sentences, vectors_of
 from quantize.source import no_classes, other_task
@@ -88,7 +88,7 @@ class Outline:
     @property
     def task(self) -> str:
         """As `source.Source.task`."""
-        return "embed" if self.vectors is not None else "classify" if self.classes else "generate"
+        return task_for(self.classes, self.vectors)
 
 
 @dataclass(frozen=True, slots=True)

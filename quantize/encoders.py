@@ -24,10 +24,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedge.errors import UnsupportedError, UsageError
 from fedge.lora import LoraConfig
+from fedge.release import SentenceVectors
 from quantize.blocks import linears_of
 from quantize.checkpoint import read_checkpoint
 from quantize.inputs import hears
-from quantize.sentences import SentenceEncoder, mean_of, says_vectors
+from quantize.sentences import BareEncoder, SentenceEncoder, mean_of, says_vectors
 from quantize.supported import kind_of
 from quantize.watching import layers_of
 
@@ -53,18 +54,15 @@ class Classifier:
     classes: tuple[str, ...]
 
 
-class MeanPooled(nn.Module):
+class MeanPooled(BareEncoder):
     """A bare encoder with a fresh head: the mean of the last hidden states over the text, times one matrix.
 
     For stock PEFT: `PeftModel.from_pretrained(MeanPooled.from_folder(folder, classes), adapter)`.
     """
 
     def __init__(self, model: Any, classes: int) -> None:
-        super().__init__()
-        self.config, self.model = model.config, model
+        super().__init__(model)
         self.classifier = nn.Linear(model.config.hidden_size, classes)
-        if getattr(model, "pooler", None) is not None:
-            model.pooler = None  # of the first token, and read by nobody here
         with torch.random.fork_rng():
             torch.manual_seed(0)
             nn.init.normal_(self.classifier.weight, std=1 / math.sqrt(model.config.hidden_size))
@@ -73,20 +71,12 @@ class MeanPooled(nn.Module):
     @classmethod
     def from_folder(cls, folder: str | Path, classes: int) -> MeanPooled:
         """The encoder in a model folder, and a head for so many classes. Raises DataError."""
-        model = read_checkpoint(AutoModel, Path(folder), optional=("pooler.",), surplus=True)
-        return cls(model, classes).eval()
-
-    def get_input_embeddings(self) -> Any:
-        """The table of token embeddings."""
-        return self.model.get_input_embeddings()
-
-    def get_output_embeddings(self) -> None:
-        """None: there is no matrix to the vocabulary."""
+        return cls(cls.read(Path(folder)), classes).eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> SequenceClassifierOutput:
         """Logits [B, C] of ids [B, S]."""
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return SequenceClassifierOutput(logits=self.classifier(mean_of(hidden, attention_mask)))
+        mean = mean_of(self.hidden(input_ids, attention_mask), attention_mask)
+        return SequenceClassifierOutput(logits=self.classifier(mean))
 
 
 def task_of(folder: Path, architecture: str, classes: Sequence[str], asked: str = "") -> str:
@@ -114,6 +104,11 @@ def task_of(folder: Path, architecture: str, classes: Sequence[str], asked: str 
             hint=f"--task {found}, or --task embed for sentence vectors",
         )
     return asked or found
+
+
+def task_for(classes: Sequence[str], vectors: SentenceVectors | None) -> str:
+    """One of `fedge.release.TASKS`, from what a model's outputs are: classes, vectors, or else the next token."""
+    return "embed" if vectors is not None else "classify" if classes else "generate"
 
 
 def open_classifier(folder: Path, architecture: str, classes: Sequence[str]) -> Classifier:

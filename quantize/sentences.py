@@ -35,17 +35,19 @@ _MODE: Final = "pooling_mode"
 _HINT: Final = "Handled: the mean over the text or the first token, then length one or not"
 
 
-class SentenceEncoder(nn.Module):
-    """An encoder and what is made of its last hidden states: `logits` [B, D] are the vectors of B texts."""
+class BareEncoder(nn.Module):
+    """An encoder without a head of its own, in `model`; whoever inherits says what is made of its hidden states."""
 
-    # PEFT's names are those of the encoder by itself.
-    within: Final = "model."
-
-    def __init__(self, model: Any, vectors: SentenceVectors) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.config, self.model, self.makes = model.config, model, vectors
+        self.config, self.model = model.config, model
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # of the first token, and read by nobody here
+
+    @staticmethod
+    def read(folder: Path) -> Any:
+        """The encoder in a model folder; what else is in it is left. Raises DataError."""
+        return read_checkpoint(AutoModel, folder, optional=("pooler.",), surplus=True)
 
     def get_input_embeddings(self) -> Any:
         """The table of token embeddings."""
@@ -54,9 +56,25 @@ class SentenceEncoder(nn.Module):
     def get_output_embeddings(self) -> None:
         """None: there is no matrix to the vocabulary."""
 
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The last hidden states [B, S, D] of ids [B, S]."""
+        found: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return found
+
+
+class SentenceEncoder(BareEncoder):
+    """An encoder and what is made of its last hidden states: `logits` [B, D] are the vectors of B texts."""
+
+    # PEFT's names are those of the encoder by itself.
+    within: Final = "model."
+
+    def __init__(self, model: Any, vectors: SentenceVectors) -> None:
+        super().__init__(model)
+        self.makes = vectors
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> SequenceClassifierOutput:
         """Vectors [B, D] of ids [B, S]."""
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = self.hidden(input_ids, attention_mask)
         found = mean_of(hidden, attention_mask) if self.makes.pooling == "mean" else hidden[:, 0]
         return SequenceClassifierOutput(logits=of_length_one(found) if self.makes.normalised else found)
 
@@ -73,9 +91,8 @@ def of_length_one(vectors: Tensor) -> Tensor:
 
 
 def open_sentences(folder: Path, vectors: SentenceVectors) -> SentenceEncoder:
-    """The encoder in a model folder; what else is in it is left. Raises DataError."""
-    model = read_checkpoint(AutoModel, folder, optional=("pooler.",), surplus=True)
-    return SentenceEncoder(model, vectors).eval()
+    """The encoder in a model folder. Raises DataError."""
+    return SentenceEncoder(SentenceEncoder.read(folder), vectors).eval()
 
 
 def outline_sentences(config: Any, vectors: SentenceVectors) -> SentenceEncoder:

@@ -27,7 +27,7 @@ from quantize.anatomy import Anatomy, dissect
 from quantize.audio import check_audio_config, is_audio, open_audio
 from quantize.chat_template import template_in, tokens_in
 from quantize.checkpoint import read_checkpoint
-from quantize.encoders import open_classifier, task_of
+from quantize.encoders import open_classifier, task_for, task_of
 from quantize.formats import Parts
 from quantize.sentences import longest_said, open_sentences, vectors_of
 from quantize.supported import check_config, kind_of
@@ -70,7 +70,7 @@ class Source:
     @property
     def task(self) -> str:
         """What its bundle is for: one of `fedge.release.TASKS`."""
-        return "embed" if self.vectors is not None else "classify" if self.classes else "generate"
+        return task_for(self.classes, self.vectors)
 
     @cached_property
     def anatomy(self) -> Anatomy:

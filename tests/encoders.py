@@ -138,6 +138,17 @@ def _write_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
+def twin_of(folder: Path, task: str = "") -> Any:
+    """transformers' model of `folder`'s `model` whose weights are what the codes of its `bundle` (int8g) mean."""
+    from quantize.formats import FORMATS
+    from quantize.source import load
+    from quantize.weights import quantise
+
+    source = load(str(folder / "model"), task=task)
+    quantise(source, FORMATS["int8g"], lambda phase, fraction: None)
+    return source.model
+
+
 def labelled_rows(count: int, width: int = 14, seed: int = 0) -> Any:
     """A batch of random rows that end early by different lengths, each of a class; nothing is a token's label."""
     from edge_agent.dataset import Batch

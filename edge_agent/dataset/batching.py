@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge_agent.dataset.audio_rows import AudioRow
 from edge_agent.dataset.pair_rows import PairRow, pair_arrays
-from edge_agent.dataset.row import Row
+from edge_agent.dataset.row import Row, padded
 
 IGNORE: Final = -100  # label of a position that is not learnt, as torch's cross-entropy has it
 Ints = NDArray[np.int64]
@@ -52,14 +52,10 @@ def make_batch(rows: Sequence[Row], pad_id: int) -> Batch:
     if pairs:
         ids, mask, own = pair_arrays(pairs, pad_id)
         return Batch(ids, mask, np.full_like(ids, IGNORE), own)
-    width = max(len(row.ids) for row in rows)
-    ids = np.full((len(rows), width), pad_id, np.int64)
-    mask = np.zeros_like(ids)
+    ids, mask = padded([row.ids for row in rows], pad_id)
     labels = np.full_like(ids, IGNORE)
     for i, row in enumerate(rows):
         n, first = len(row.ids), max(row.prompt_tokens, 1)
-        ids[i, :n] = row.ids
-        mask[i, :n] = 1
         labels[i, first - 1 : n - 1] = row.ids[first:]
         for start, end in row.unlearnt:
             labels[i, max(start - 1, 0) : end - 1] = IGNORE

@@ -23,7 +23,7 @@ _ALIKE_ROWS: Final = 5  # so many rows of as many cells look like a table, even 
 _ROWS_LOOKED_AT: Final = 50
 _NAME_CHARS_MAX: Final = 40  # a longer first cell is no name, and is not shown
 _NAMES_SHOWN: Final = 20
-_HINT: Final = (
+HINT: Final = (
     "Say which is which: --columns prompt=NAME,completion=NAME (or text=, label=; anchor=, positive=)"
 )
 
@@ -109,7 +109,7 @@ def _columns(path: Path, first: Sequence[str], how: Reading) -> dict[str, int]:
             f"{path}: the first row does not say which column is what",
             field="columns",
             value=shown(names) or len(first),
-            hint=f"{_HINT}; with --no-header by number: --columns prompt=1,completion=2",
+            hint=f"{HINT}; with --no-header by number: --columns prompt=1,completion=2",
         )
     return found
 

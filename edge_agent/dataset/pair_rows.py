@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.dataset.row import Row
+from edge_agent.dataset.row import Row, padded
 
 Ids = NDArray[np.int32]
 Ints = NDArray[np.int64]
@@ -51,10 +51,7 @@ def pair_arrays(rows: Sequence[PairRow], pad_id: int) -> tuple[Ints, Ints, Ints]
     """(ids, mask [B, S], what each row is to find [B]): the anchors, then what belongs to each, then what does not."""
     texts = [*(row.ids for row in rows), *(row.positive for row in rows)]
     texts += [row.negative for row in rows if row.negative is not None]
-    ids = np.full((len(texts), max(map(len, texts))), pad_id, np.int64)
-    mask = np.zeros_like(ids)
-    for number, text in enumerate(texts):
-        ids[number, : len(text)], mask[number, : len(text)] = text, 1
+    ids, mask = padded(texts, pad_id)
     own = np.full(len(texts), -1, np.int64)
     own[: len(rows)] = np.arange(len(rows))
     return ids, mask, own

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from edge_agent.dataset.choices import FIELDS, Reading
-from edge_agent.dataset.columns import shown
+from edge_agent.dataset.columns import HINT, shown
 from edge_agent.dataset.json_forms import BadRecord, record_of_row
 from edge_agent.dataset.pair_names import pair_of
 from edge_agent.dataset.record import Record
@@ -61,7 +61,7 @@ def _columns(path: Path, names: list[str], how: Reading) -> dict[str, str]:
             f"{path}: no column has a name that is known",
             field="columns",
             value=shown(names),
-            hint="Say which is which: --columns prompt=NAME,completion=NAME (or text=, label=; anchor=, positive=)",
+            hint=HINT,
         )
     return found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from edge_agent.dataset.choices import Reading
-from edge_agent.dataset.columns import looks_like_a_table, separator_of, table_records
+from edge_agent.dataset.columns import HINT, looks_like_a_table, separator_of, table_records
 from edge_agent.dataset.json_forms import BadRecord, record_of_json
 from edge_agent.dataset.json_stream import is_json, json_objects
 from edge_agent.dataset.lines import HEAD_BYTES, Line, encoding_of, head_of, read_lines, read_pieces
@@ -232,8 +232,7 @@ def _form_of(path: Path, head: list[Line], how: Reading) -> tuple[str, str]:
             f"{path} looks like a table of {columns or 'one'} columns, but its first row has no name that is known",
             field="columns",
             value=columns,
-            hint="Say which is which: --columns prompt=NAME,completion=NAME (or text=, label=; anchor=, positive=), by "
-            "number with --no-header; or --form text if it is no table",
+            hint=f"{HINT}, by number with --no-header; or --form text if it is no table",
         )
     return "text", ""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,15 @@ class Seen:
     unused: int = 0
     shortened: int = 0
     trimmed: int = 0
+
+
+def padded(texts: Sequence[NDArray[np.int32]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(ids, mask) [B, S]: texts padded on the right to the longest of them; mask 1 = a real token."""
+    ids = np.full((len(texts), max(map(len, texts))), pad_id, np.int64)
+    mask = np.zeros_like(ids)
+    for number, text in enumerate(texts):
+        ids[number, : len(text)], mask[number, : len(text)] = text, 1
+    return ids, mask
 
 
 def longest(most: int, fits: Callable[[int], bool]) -> int:

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from encoders import labelled_rows, random_vector
+from encoders import labelled_rows, random_vector, twin_of
 from transformers import AutoModelForSequenceClassification
 
 from edge_agent.bundle import Bundle, open_bundle
@@ -19,9 +19,6 @@ from fedge.errors import DataError
 from fedge.lora import DENSE
 from fedge.messages import Template, Training
 from quantize.classifier_gates import LabelledBatch, torch_answers
-from quantize.formats import FORMATS
-from quantize.source import load
-from quantize.weights import quantise
 
 SEED = bytes(range(16))
 WORDS = {
@@ -48,10 +45,7 @@ def trainer(bundle: Bundle) -> Trainer:
 
 @pytest.fixture(scope="module")
 def dequantised(folder: Path) -> object:
-    """transformers' model whose weights are what the bundle's codes mean."""
-    source = load(str(folder / "model"))
-    quantise(source, FORMATS["int8g"], lambda phase, fraction: None)
-    return source.model
+    return twin_of(folder)
 
 
 def absolute(bundle: Bundle, trainer: Trainer, vector: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from encoders import pairs, random_vector
+from encoders import pairs, random_vector, twin_of
 
 from edge_agent import jobs, worker
 from edge_agent.bundle import Bundle, open_bundle
@@ -21,12 +21,9 @@ from fedge.cli import main
 from fedge.errors import ConfigError, DataError, UsageError
 from fedge.io.adapter_file import read_adapter
 from fedge.messages import Training
-from quantize.formats import FORMATS
 from quantize.inputs import words_of
 from quantize.reference import adapted
 from quantize.sentences import SentenceEncoder
-from quantize.source import load
-from quantize.weights import quantise
 
 SEED = bytes(range(16))
 
@@ -44,13 +41,6 @@ def bundle(folder: Path) -> Bundle:
 @pytest.fixture(scope="module")
 def trainer(bundle: Bundle) -> Trainer:
     return Trainer(bundle, a_seed=SEED)
-
-
-def twin_of(folder: Path) -> SentenceEncoder:
-    """transformers' model whose weights are what the bundle's codes mean."""
-    source = load(str(folder / "model"))
-    quantise(source, FORMATS["int8g"], lambda phase, fraction: None)
-    return source.model
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +83,7 @@ def test_vectors_loss_and_gradients_are_those_of_torch(
 ) -> None:
     """Of a mean of length one; of the first token as it is; and where no folder says anything."""
     folder = sentence_folder(pooling)
-    trainer, model = Trainer(open_bundle(folder / "bundle"), a_seed=SEED), None
-    source = load(str(folder / "model"), task="embed")
-    quantise(source, FORMATS["int8g"], lambda phase, fraction: None)
-    model = source.model
+    trainer, model = Trainer(open_bundle(folder / "bundle"), a_seed=SEED), twin_of(folder, "embed")
     vector, batch = random_vector(trainer), pairs(5, 20)
     loss, vectors, gradients = by_torch(model, trainer, vector, batch, 5)
     adapter = trainer.layout.split(vector)
