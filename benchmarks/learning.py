@@ -25,7 +25,7 @@ from kept import Kept  # noqa: E402
 from learning_personal import personal_rows  # noqa: E402
 from learning_rules import rule_rows, training_of  # noqa: E402
 from learning_steps import step_rows  # noqa: E402
-from people import QUICK, Bench, Scale, told  # noqa: E402
+from people import QUICK, Bench, Scale, make_bundle, told  # noqa: E402
 from report import Row, parser, print_report  # noqa: E402
 
 from fedge.messages import Training  # noqa: E402
@@ -65,6 +65,11 @@ def main() -> None:
     flags = parser(__doc__.split("\n")[0], runs=1, seed=2)
     flags.add_argument("--bundle", type=Path, help="a SmolLM2-135M bundle; made anew when left out")
     flags.add_argument("--fast-bundle", type=Path, help="one in int8c; made anew when left out")
+    flags.add_argument(
+        "--train-fast",
+        action="store_true",
+        help="devices train on the int8c one; losses are of the exact one",
+    )
     flags.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
     flags.add_argument("--part", action="append", choices=PARTS, help="which tables (all)")
     flags.add_argument(
@@ -76,7 +81,12 @@ def main() -> None:
     wanted = args.part or PARTS
     seeds = [args.seed + place for place in range(args.runs)]
     with tempfile.TemporaryDirectory(prefix="fedge-learning-") as folder:
-        bench = Bench(args.bundle, scale, Path(folder), args.processes)
+        fast = args.fast_bundle
+        if args.train_fast and fast is None:
+            fast = make_bundle(Path(folder) / "fast", "int8c")
+        bench = Bench(
+            args.bundle, scale, Path(folder), args.processes, trained=fast if args.train_fast else None
+        )
         kept, found = Kept(args.keep), list[Row]()
         if "codec" in wanted:
             found += rows(CodecBench(bench).runs(seeds))
@@ -85,7 +95,7 @@ def main() -> None:
         if "personal" in wanted:
             found += personal_rows(bench, kept, args.seed)
         if "steps" in wanted:
-            found += step_rows(bench, kept, seeds, args.fast_bundle, quick=args.quick)
+            found += step_rows(bench, kept, seeds, fast, quick=args.quick)
     print_report("learning", found, args)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,24 +40,36 @@ QUICK = Scale(devices=4, bloc_devices=2, unseen=2, rounds=2, steps=1, heldout=4)
 
 
 class Bench:
-    """Where the work is done: `folder` holds people's files, `processes` work at a time."""
+    """Where the work is done: `folder` holds people's files, `processes` work at a time.
 
-    def __init__(self, bundle: Path | None, scale: Scale, folder: Path, processes: int) -> None:
+    `trained` is the bundle that devices train on, the very one or its `int8c`; losses are always of `bundle`.
+    """
+
+    def __init__(
+        self, bundle: Path | None, scale: Scale, folder: Path, processes: int, trained: Path | None = None
+    ) -> None:
         self.scale, self.folder, self.processes = scale, folder, processes
         self.bundle = open_bundle(bundle or make_bundle(folder / "bundle"))
+        self.trained = open_bundle(trained) if trained else self.bundle
         self._encode = load_encoder(self.bundle.tokenizer)
         part, unseen = _write_people(scale, folder, self._encode)
         self.groups = {"took part": part, "never seen": unseen}
+        self._words = _digest(folder, [*part, *unseen])
 
     @property
     def facts(self) -> dict[str, object]:
         """What a kept result depends on, beside its own settings."""
-        return {"scale": self.scale, "bundle": self.bundle.stamp.manifest_sha256.hex()}
+        return {
+            "scale": self.scale,
+            "bundle": self.bundle.stamp.manifest_sha256.hex(),
+            "trained": self.trained.stamp.manifest_sha256.hex(),
+            "words": self._words,
+        }
 
     def plan(self, training: Training, *, depth: int = 0) -> Plan:
         """The rounds of those who take part."""
         people = {name: self.folder / name / "train.jsonl" for name in self.groups["took part"]}
-        return Plan(self.bundle.folder, people, training, self.scale.rounds, self.scale.steps, depth)
+        return Plan(self.trained.folder, people, training, self.scale.rounds, self.scale.steps, depth)
 
     def rows(self, person: str, name: str, training: Training) -> tuple[Row, ...]:
         """Rows of one of a person's files: train, validation or heldout."""
@@ -103,6 +116,15 @@ def make_bundle(folder: Path, weights_format: str | None = None) -> Path:
     key = Ed25519PrivateKey.generate()
     quantize(str(source), folder, key, lora=LoraConfig(), weights_format=weights_format)
     return folder
+
+
+def _digest(folder: Path, people: list[str]) -> str:
+    """Of everybody's files."""
+    found = hashlib.sha256()
+    for person in people:
+        for path in sorted((folder / person).iterdir()):
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _write_people(scale: Scale, folder: Path, encode: Encode) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 A device is one person. Every fifth *conversation* of a person is held out, never single lines of one, and what is
 held out for one chosen person is held out for all, because the other side of that conversation may be chosen too.
+Messages to choose by are held out as well: of a conversation whose other side was trained on, they flatter the fleet.
 The draws are seeded, so everyone measures on the same held-out messages. A person's words are private even here:
 files are written with mode 0600, and no error repeats a line.
 """
@@ -154,7 +155,7 @@ def _candidate(person: str, turns: Sequence[Turn], fits: Callable[[Turn], bool])
     usable = [turn for turn in turns if fits(turn)]
     train = [turn for turn in usable if turn.conversation not in held]
     test = [turn for turn in usable if turn.conversation in held]
-    if len(set(test)) < HELDOUT_ROWS or len(train) < TRAIN_ROWS_MIN:
+    if len(set(test)) < HELDOUT_ROWS + VALIDATION_ROWS or len(train) < TRAIN_ROWS_MIN:
         return None
     return _Candidate(person, train, test, held)
 
@@ -174,8 +175,17 @@ def _draw(candidate: _Candidate, banned: frozenset[str]) -> PersonSplit:
     heldout += random.Random(2).sample(rest, half)  # noqa: S311
     train = [turn for turn in candidate.train if turn.conversation not in banned]
     random.Random(3).shuffle(train)  # noqa: S311
-    validation, train = train[:VALIDATION_ROWS], train[VALIDATION_ROWS:]
+    validation = _validation(candidate.test, heldout)
     return PersonSplit(candidate.person, tuple(train), tuple(validation), tuple(heldout))
+
+
+def _validation(test: Sequence[Turn], heldout: Sequence[Turn]) -> list[Turn]:
+    """Messages that are not measured on, as far as they go of conversations that no measured one is of."""
+    measured, conversations = set(heldout), {turn.conversation for turn in heldout}
+    rest = [turn for turn in dict.fromkeys(test) if turn not in measured]
+    random.Random(4).shuffle(rest)  # noqa: S311
+    rest.sort(key=lambda turn: turn.conversation in conversations)  # stable: the draw decides among alike
+    return rest[:VALIDATION_ROWS]
 
 
 def _lines(turns: Sequence[Turn]) -> bytes:

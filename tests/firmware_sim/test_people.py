@@ -80,9 +80,10 @@ def test_a_conversation_held_out_for_one_is_held_out_for_all(dataset: Path) -> N
         held |= set(sorted({turn.conversation for turn in people[person]})[::5])
     for split in [*taking, *unseen]:
         assert len(split.heldout) == len(set(split.heldout)) == HELDOUT_ROWS
-        assert len(split.validation) == VALIDATION_ROWS
-        assert {turn.conversation for turn in split.heldout} <= held
-        assert not {turn.conversation for turn in split.train + split.validation} & held
+        assert len(split.validation) == len(set(split.validation)) == VALIDATION_ROWS
+        assert {turn.conversation for turn in split.heldout + split.validation} <= held
+        assert not set(split.heldout) & set(split.validation)
+        assert not {turn.conversation for turn in split.train} & held
         assert all(turn.completion != "haha" for turn in split.train)
 
 
