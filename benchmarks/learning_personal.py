@@ -1,16 +1,15 @@
 """Is a person better off with the fleet? The fleet's adapter, personal steps on it, and training alone, one by one.
 
-Everybody has a menu: the fleet's adapter, 5 or 10 own steps on top, half-way points, and the adapter that as many own
-steps make alone as they spent in the fleet and after it. The choice is made on validation messages and measured on
-held-out ones, which no choice has seen. `few` are people never seen who have 40 messages in all, 8 of them to choose
-by. Alone is A and B at a rate of 0.004.
+Everybody has the agent's menu: the fleet's adapter, 5, 10 or 20 own steps on top, the adapter that as many own steps
+make alone as they spent in the fleet and after it, and the mean of that and the best of the others. The choice is made
+on validation messages and measured on held-out ones, which no choice has seen. `few` are people never seen who have 40
+messages in all, 8 of them to choose by.
 """
 
 from __future__ import annotations
 
 import base64
 import statistics
-from collections.abc import Mapping
 from itertools import islice
 from typing import Any, Final
 
@@ -23,16 +22,24 @@ from report import Row, progress
 
 from edge_agent.dataset import Batch, batches, evaluation_batches
 from edge_agent.dataset import Row as DataRow
-from edge_agent.personal import HELD_OUT_ROWS, STEPS, mean_loss, personalise
+from edge_agent.personal import (
+    HELD_OUT_ROWS,
+    STEPS,
+    Tensors,
+    alone_rate,
+    choose,
+    mean_loss,
+    own_rate,
+    own_steps,
+)
+from edge_agent.planner import Plan
 from edge_agent.round import data_seed
 from edge_agent.trainer import Trainer
-from edge_agent.trainer.rules import local_part, train_by_rule
 from fedge.messages import Training
 from fedge.rules import rule_of
 
-Tensors = Mapping[str, NDArray[np.float32]]
 FEW: Final = 40
-ALONE_RATE: Final = 0.004
+_ALONE_MARKS: Final = (10, 20, 40)
 _EVALUATION_ROWS: Final = 12
 _OWN_ROUND: Final = 1_000  # orders the rows of personal steps: no round of a campaign has this number
 
@@ -72,7 +79,11 @@ class Desk:
 
     def __init__(self, bench: Bench, training: Training, state: NDArray[np.float32]) -> None:
         self.bench, self.training = bench, training
-        self.trainer = Trainer(bench.bundle, a_seed=training.a_seed)
+        # The same bits with and without kept products, in less time.
+        self.trainer = Trainer(
+            bench.trained, a_seed=training.a_seed, plan=Plan(keep=bench.trained.manifest.layers)
+        )
+        self.judge = Trainer(bench.bundle, a_seed=training.a_seed)
         self.rule = rule_of("ffa", bench.bundle.layout, training.a_seed)
         self.fleet: Tensors = self.rule.tensors(state)
 
@@ -97,52 +108,50 @@ class Desk:
         pad = self.bench.bundle.manifest.pad_id
         return [batch for _, batch in evaluation_batches(rows, size=_EVALUATION_ROWS, pad_id=pad)]
 
-    def alone(self, rows: tuple[DataRow, ...], person: str, steps: int) -> Tensors:
-        """A and B after so many steps from the base model."""
-        rule = rule_of("fedit", self.bench.bundle.layout, self.training.a_seed)
-        own = Training(
-            rule="fedit", rate=ALONE_RATE, a_seed=self.training.a_seed, data_seed=self.training.data_seed
-        )
-        start = rule.initial()
-        done = train_by_rule(self.trainer, start, self.training_batches(rows, person, 1, steps), own)
-        local = local_part(rule, start, 1, ALONE_RATE)
-        return local.feeds(local.start + done.delta)
-
 
 def _person(desk: Desk, kept: Kept, person: str, seed: int, *, few: bool) -> dict[str, float]:
-    scale = desk.bench.scale
-    own_steps = scale.rounds * scale.steps + STEPS[-1]
+    scale, task = desk.bench.scale, desk.bench.bundle.manifest.task
+    alone_steps = scale.rounds * scale.steps + STEPS[-1]
+    marks = (*(mark for mark in _ALONE_MARKS if mark < alone_steps), alone_steps)
 
     def make() -> dict[str, Any]:
         rows, validation = desk.rows(person, "train"), desk.rows(person, "validation")[:HELD_OUT_ROWS]
         if few:
             rows = rows[: FEW - len(validation)]
-        test = desk.measuring(desk.rows(person, "heldout"))
-        alone = desk.alone(rows, person, own_steps)
-        choose = desk.measuring(validation)
-        choice = personalise(
+        own = own_steps(
             desk.trainer,
             desk.fleet,
             desk.training_batches(rows, person, _OWN_ROUND, STEPS[-1]),
-            choose,
-            others={"alone": alone},
+            steps=STEPS,
+            rate=own_rate(task),
         )
-        without = {name: loss for name, loss in choice.tried.items() if name != "alone"}
+        alone = own_steps(
+            desk.trainer,
+            None,
+            desk.training_batches(rows, person, 1, alone_steps),
+            steps=marks,
+            rate=alone_rate(task),
+        )
+        choice = choose(desk.trainer, desk.fleet, own, alone, desk.measuring(validation))
+        stopped = min(marks, key=lambda mark: choice.tried[f"{mark} steps alone"])
         progress(f"{person}{' (few)' if few else ''}: {choice.kept.name}")
-        return {
-            "zero": mean_loss(desk.trainer, desk.rule.tensors(desk.rule.initial()), test),
-            "fleet": mean_loss(desk.trainer, desk.fleet, test),
-            "alone": mean_loss(desk.trainer, alone, test),
-            "chosen": mean_loss(desk.trainer, choice.kept.tensors, test),
-            "kept_alone": float(choice.kept.name == "alone"),
-            "validation_fleet": without["fleet"],
-            "validation_best_own": min(without.values()),
+        test = desk.measuring(desk.rows(person, "heldout"))
+        measured = {
+            "zero": desk.rule.tensors(desk.rule.initial()),
+            "fleet": desk.fleet,
+            "own": own[STEPS[-1]],
+            "alone": alone[alone_steps],
+            "stopped": alone[stopped],
+            "chosen": choice.kept.tensors,
         }
+        losses = {name: mean_loss(desk.judge, tensors, test) for name, tensors in measured.items()}
+        return {**losses, "kept": choice.kept.name}
 
     facts = {
         "person": person,
         "few": few,
-        "own_steps": own_steps,
+        "alone_steps": marks,
+        "rates": (own_rate(task), alone_rate(task)),
         "training": desk.training,
         **desk.bench.facts,
     }
@@ -150,7 +159,14 @@ def _person(desk: Desk, kept: Kept, person: str, seed: int, *, few: bool) -> dic
 
 
 def _table(group: str, people: list[dict[str, float]]) -> list[Row]:
-    names = {"zero": "zero-shot", "fleet": "fleet", "alone": "alone, as many own steps", "chosen": "chosen"}
+    names = {
+        "zero": "zero-shot",
+        "fleet": "fleet",
+        "own": f"fleet and {STEPS[-1]} own steps",
+        "alone": "alone, as many steps",
+        "stopped": "alone, steps by the same choice",
+        "chosen": "chosen",
+    }
     return [
         Row.of("person_heldout_loss_nats", f"{title}, {group}", [one[name] for one in people], "nats")
         for name, title in names.items()

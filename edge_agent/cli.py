@@ -157,10 +157,10 @@ def _add_train_once(words: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_personalise(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     own = words.add_parser(
         "personalise",
-        help="own steps on top of the fleet's adapter, kept only when held-out examples agree",
-        description="Trains both factors of the adapter for a few steps on your data, and measures what comes of it on "
-        "every fifth conversation. Only when that is better is it written to --adapter-out, for this device alone: a "
-        "personal adapter never leaves it.",
+        help="your own adapter from the fleet's and your data, kept only when held-out examples agree",
+        description="Trains both factors of the fleet's adapter for a few steps on your data, and another adapter on "
+        "your data alone; measures these, and the mean of the two, on every fifth conversation. Only when one of them "
+        "is better than the fleet's is it written to --adapter-out, for this device alone: it never leaves it.",
     )
     own.add_argument("bundle", type=Path, metavar="BUNDLE", help="from `fedge quantize`")
     own.add_argument("data", type=Path, metavar="DATA", help="private examples: JSON Lines, a table, text")
@@ -173,7 +173,14 @@ def _add_personalise(words: argparse._SubParsersAction[argparse.ArgumentParser])
         type=_count,
         action="append",
         metavar="N",
-        help="measure after N steps (5 and 10); may be repeated",
+        help="measure after N steps on top of the fleet's (5, 10 and 20); may be repeated",
+    )
+    own.add_argument(
+        "--alone-steps",
+        type=_count,
+        action="append",
+        metavar="N",
+        help="measure after N steps from the base model (20 and 40); may be repeated; 0: try nothing alone",
     )
     own.add_argument("--seed", type=_count, default=0, metavar="N", help="order of the rows (default: 0)")
     own.add_argument("--threads", type=_count, default=0, help="(default: all it may use)")
@@ -308,6 +315,7 @@ def _personalise(arguments: argparse.Namespace) -> None:
         arguments.start,
         arguments.adapter_out,
         steps=tuple(sorted(arguments.steps or ())),
+        alone_steps=arguments.alone_steps and tuple(sorted(set(arguments.alone_steps) - {0})),
         threads=arguments.threads,
         seed=arguments.seed,
         progress=trial.on_terminal,

@@ -100,13 +100,16 @@ class Train(Job, frozen=True):
 class Personalise(Job, frozen=True):
     """Take own steps on A and B, and keep what the rows of the file `held_out` like best (edge_agent.personal).
 
-    The adapter file is one of the rule `fedit`, and so is the file `out`, which is written when own steps were kept.
+    The adapter file is one of the rule `fedit`, and so is the file `out`, which is written when the fleet's own adapter
+    is not the best. `alone_steps` at `alone_rate` begin from the base model; none = nothing is trained alone.
     """
 
     held_out: str
     out: str
     steps: tuple[int, ...]
     data_seed: int = 0
+    alone_steps: tuple[int, ...] = ()
+    alone_rate: float = 0.0
 
 
 class Evaluate(Job, frozen=True):
@@ -173,7 +176,7 @@ class Trained(Answer, frozen=True):
 
 
 class Personalised(Answer, frozen=True):
-    """`kept` names the candidate that was best; `tried` has the held-out loss of each in nats per token."""
+    """`kept` names the candidate that was best; `tried` has the held-out loss of each in nats per label."""
 
     kept: str
     own: bool  # own steps were kept, and the file `out` is there

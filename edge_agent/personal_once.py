@@ -1,4 +1,4 @@
-"""`fedge agent personalise`: own steps on top of the fleet's adapter. No network; nothing leaves the device.
+"""`fedge agent personalise`: own steps on top of the fleet's adapter, and alone. No network; nothing leaves the device.
 
 Every fifth conversation is held out, and at most `edge_agent.personal.HELD_OUT_ROWS` of their rows choose. A file is
 written only when own steps were better on them; the fleet's adapter stays as it is either way.
@@ -21,9 +21,10 @@ from fedge.messages import Training
 
 
 class Personal(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of it: losses are nats per token on `held_out_rows` rows."""
+    """What came of it: losses are nats per label (a token, a classified row, or a pair) of `held_out_rows` rows."""
 
     model: str
+    task: str
     kept: str
     tried: dict[str, float]
     held_out_rows: int
@@ -33,10 +34,11 @@ class Personal(msgspec.Struct, frozen=True, kw_only=True):
 
 def text(found: Personal) -> str:
     """The same for people."""
-    tried = "\n".join(f"  {name:<18} {loss:.3f}" for name, loss in found.tried.items())
-    outcome = f"own steps are kept: {found.adapter}" if found.adapter else "the fleet's adapter stays"
+    width = max(map(len, found.tried))
+    tried = "\n".join(f"  {name:<{width}}  {loss:.3f}" for name, loss in found.tried.items())
+    outcome = f"kept: {found.adapter}" if found.adapter else "the fleet's adapter stays"
     return (
-        f"{found.model}: held-out loss in nats per token over {found.held_out_rows} rows\n{tried}\n"
+        f"{found.model}: held-out loss in nats per {trial.UNITS[found.task]} over {found.held_out_rows} rows\n{tried}\n"
         f"{outcome} ({found.kept})"
     )
 
@@ -48,22 +50,24 @@ def personalise_once(
     out: Path,
     *,
     steps: tuple[int, ...] = (),
+    alone_steps: tuple[int, ...] | None = None,
     training: Training | None = None,
     threads: int = 0,
     seed: int = 0,
     progress: OnProgress = lambda what, done, of: None,
     reading: Reading | None = None,
 ) -> Personal:
-    """Try own steps from the adapter file `start`; write `out` when they are kept.
+    """Try own steps from the adapter file `start`, and `alone_steps` from the base model (none are
+    allowed, None = the usual); write `out` when one of what came of it is better than `start`.
 
     Raises what the worker's job raises, the refusals of `fedge.io.adapter_file.read_trained`, UsageError when
     `out` would replace something else.
     """
     import numpy as np
 
-    from edge_agent.personal import HELD_OUT_ROWS, RATE, STEPS
+    from edge_agent.personal import ALONE_STEPS, HELD_OUT_ROWS, STEPS, alone_rate, own_rate
     from fedge.io.adapter_file import adapter_of_state, read_trained, write_adapter
-    from fedge.rules import rule_of
+    from fedge.rules import rule_of, usual_rows
 
     manifest = trial.open_bundle_manifest(bundle)
     trial.check_target(out)
@@ -81,12 +85,18 @@ def personalise_once(
             held_out=str(folder / "held_out.jsonl"),
             out=str(folder / "own.f32"),
             steps=steps or STEPS,
-            training=msgspec.structs.replace(training or Training(), rule="fedit", rate=RATE),
+            training=msgspec.structs.replace(
+                training or Training(batch_rows=usual_rows(manifest.task)),
+                rule="fedit",
+                rate=own_rate(manifest.task),
+            ),
             threads=threads_allowed(threads),
             reading=recordings,
             data_seed=seed,
+            alone_steps=ALONE_STEPS if alone_steps is None else alone_steps,
+            alone_rate=alone_rate(manifest.task),
         )
-        reply = trial.one_job(job, "own steps", progress)
+        reply = trial.one_job(job, "steps", progress)
         assert isinstance(reply, jobs.Personalised)
         if reply.own:
             own = np.fromfile(folder / "own.f32", "<f4").astype(np.float32)
@@ -95,6 +105,7 @@ def personalise_once(
         shutil.rmtree(folder, ignore_errors=True)
     return Personal(
         model=manifest.model,
+        task=manifest.task,
         kept=reply.kept,
         tried=reply.tried,
         held_out_rows=reply.held_out_rows,

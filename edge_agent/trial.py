@@ -31,6 +31,7 @@ from fedge.release import MANIFEST, SIGNATURE, Manifest, open_manifest
 
 HELD_OUT_EVERY: Final = 5
 HELD_OUT_MAX: Final = 24
+UNITS: Final = {"generate": "token", "classify": "row", "embed": "pair"}  # what one label is, by task
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -69,13 +70,14 @@ def text(trial: Trial) -> str:
     """The same for people."""
     left_out = f", {trial.left_out_rows} left out (too long or empty)" if trial.left_out_rows else ""
     kept = f"\nadapter: {trial.adapter}" if trial.adapter else ""
-    accuracy, unit, tokens = "", "token", f" ({trial.held_out_tokens} tokens)"
+    accuracy, tokens = "", f" ({trial.held_out_tokens} tokens)"
     if trial.accuracy_before is not None and trial.accuracy_after is not None:
         what = "own text found in the batch" if trial.task == "embed" else "accuracy"
         accuracy = f", {what} {trial.accuracy_before:.1%} -> {trial.accuracy_after:.1%}"
-        unit, tokens = "pair" if trial.task == "embed" else "row", ""
+        tokens = ""
     return (
-        f"{trial.model}: held-out loss {trial.loss_before:.3f} -> {trial.loss_after:.3f} nats per {unit}{accuracy}\n"
+        f"{trial.model}: held-out loss {trial.loss_before:.3f} -> {trial.loss_after:.3f} nats per "
+        f"{UNITS[trial.task]}{accuracy}\n"
         f"over {trial.held_out_rows} rows{tokens} after {trial.steps} steps on "
         f"{trial.training_rows} rows{left_out}\n"
         f"{trial.seconds_per_step:.2f} s a step on {trial.threads} threads, peak memory {trial.peak_rss_mb:g} MB{kept}"

@@ -89,10 +89,7 @@ def _round(job: Train, trainer: Trainer, dataset: Dataset, pad_id: int, emit: Em
     from edge_agent.trainer.state import Keeper
 
     def after_step(done: int, step: StepResult) -> None:
-        progress = Progress(
-            done=done, of=job.steps, loss_sum=step.loss_sum, labels=step.labels, memory=memory_used()
-        )
-        emit(progress)
+        emit(_stepped(done, job.steps, step))
 
     training = job.training
     keeper = Keeper(Path(job.state), _run_of(job), job.state_seconds, time.monotonic) if job.state else None
@@ -112,6 +109,10 @@ def _round(job: Train, trainer: Trainer, dataset: Dataset, pad_id: int, emit: Em
         resume=resumed,
         keep=keeper.keep if keeper else None,
     )
+
+
+def _stepped(done: int, of: int, step: StepResult) -> Progress:
+    return Progress(done=done, of=of, loss_sum=step.loss_sum, labels=step.labels, memory=memory_used())
 
 
 def _run_of(job: Train) -> bytes:
@@ -179,7 +180,12 @@ def personalise(job: Personalise, emit: Emit) -> Personalised:
     bundle, held_out, _ = _warm.open(msgspec.structs.replace(job, data=job.held_out))
     bundle, dataset, trainer = _warm.open(job)
     pad_id, state = bundle.manifest.pad_id, _floats(Path(job.adapter), job.adapter_sha256)
-    choice = personal.on_rows(trainer, state, dataset.rows, held_out.rows, job, pad_id)
+    total = job.steps[-1] + max(job.alone_steps, default=0)
+
+    def after_step(done: int, step: StepResult) -> None:
+        emit(_stepped(done, total, step))
+
+    choice = personal.on_rows(trainer, state, dataset.rows, held_out.rows, job, pad_id, after_step)
     own = choice.kept.name != personal.FLEET
     if own:
         kept = personal.adapter_file(trainer, choice.kept.tensors)

@@ -9,7 +9,7 @@ import pytest
 from quadratic import OneLabel, Quadratic
 
 from edge_agent.bundle import open_bundle
-from edge_agent.personal import mean_loss, personalise
+from edge_agent.personal import Choice, choose, mean_loss, mean_of, own_steps
 from edge_agent.personal_once import personalise_once, text
 from edge_agent.trainer.trainer import Trainer
 from fedge.errors import ConfigError, DataError
@@ -42,10 +42,17 @@ def start() -> dict[str, np.ndarray]:
     return rule.tensors(rule.initial())
 
 
+def choice_of(person: Trainer, *, alone: int = 0) -> Choice:
+    """After 5 and 10 own steps, and so many alone."""
+    own = own_steps(person, start(), [OneLabel()] * 10, steps=(5, 10), rate=0.02)
+    by_itself = own_steps(person, None, [OneLabel()] * alone, steps=(5, alone), rate=0.02) if alone else {}
+    return choose(person, start(), own, by_itself, [OneLabel()])
+
+
 def test_steps_that_help_on_held_out_rows_are_kept() -> None:
-    choice = personalise(trainer(Quadratic(LAYOUT, 1)), start(), [OneLabel()] * 10, [OneLabel()], rate=0.02)
+    choice = choice_of(trainer(Quadratic(LAYOUT, 1)))
     assert choice.kept.name == "10 steps"
-    assert list(choice.tried) == ["fleet", "half of 5 steps", "5 steps", "half of 10 steps", "10 steps"]
+    assert list(choice.tried) == ["fleet", "5 steps", "10 steps"]
     assert choice.kept.loss == min(choice.tried.values()) < choice.tried["fleet"]
     moved = {
         name[-1] for name, value in choice.kept.tensors.items() if not np.array_equal(value, start()[name])
@@ -58,7 +65,7 @@ def test_the_fleets_adapter_stays_when_held_out_rows_disagree() -> None:
         def target(self, name: str) -> np.ndarray:
             return -super().target(name)
 
-    choice = personalise(trainer(Opposite(LAYOUT, 1)), start(), [OneLabel()] * 10, [OneLabel()], rate=0.02)
+    choice = choice_of(trainer(Opposite(LAYOUT, 1)), alone=10)
     assert choice.kept.name == "fleet"
     for name, value in start().items():
         np.testing.assert_array_equal(choice.kept.tensors[name], value)
@@ -71,24 +78,59 @@ def test_what_left_the_numbers_is_never_kept() -> None:
             moved = any(value.any() for name, value in adapter.items() if name.endswith(".B"))
             return type(found)(float("nan"), 1, found.gradients) if moved else found
 
-    choice = personalise(trainer(Broken(LAYOUT, 1)), start(), [OneLabel()] * 10, [OneLabel()])
+    choice = choice_of(trainer(Broken(LAYOUT, 1)))
     assert choice.kept.name == "fleet"
     assert choice.tried["5 steps"] == float("inf")
 
 
-def test_another_candidate_may_be_the_best() -> None:
-    task = Quadratic(LAYOUT, 1)
-    alone = personalise(trainer(task), start(), [OneLabel()] * 40, [OneLabel()], steps=(40,), rate=0.02).kept
-    choice = personalise(
-        trainer(task), start(), [OneLabel()] * 10, [OneLabel()], others={"alone": alone.tensors}
-    )
-    assert choice.kept.name == "alone"
+MEAN = "mean of 10 steps and 40 steps alone"
+
+
+def test_who_trained_alone_may_be_the_best() -> None:
+    choice = choice_of(trainer(Quadratic(LAYOUT, 1)), alone=40)
+    assert list(choice.tried) == ["fleet", "5 steps", "10 steps", "5 steps alone", "40 steps alone", MEAN]
+    assert choice.kept.name == "40 steps alone"
+
+
+def test_a_mean_of_two_that_err_in_other_ways_is_better_than_both() -> None:
+    layout, tasks = AdapterLayout.of(1, {"q_proj": (24, 32)}, LoraConfig(r=4, alpha=8.0)), range(1, 3)
+    ends = [
+        own_steps(
+            cast(Trainer, Quadratic(layout, seed, noise=1.0)), None, [OneLabel()] * 80, steps=(80,), rate=0.05
+        )[80]
+        for seed in tasks
+    ]
+    person = cast(Trainer, Person(layout, 3).with_held_out(Quadratic(layout, 3, noise=0.0)))
+    choice = choose(person, ends[0], {}, {80: ends[1]}, [OneLabel()])
+    assert choice.kept.name == "mean of fleet and 80 steps alone"
+
+
+def test_the_mean_is_of_the_products_and_of_what_is_dense() -> None:
+    layout = AdapterLayout.of(2, {"q_proj": (24, 32)}, LoraConfig(r=4, alpha=8.0), dense={"head.bias": (3,)})
+    rng = np.random.default_rng(5)
+
+    def drawn(rank: int) -> dict[str, np.ndarray]:
+        shapes = {**layout.shapes, **layout.a_shapes}
+        made = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        for name in layout.shapes:
+            if name.endswith(".B"):
+                made[name][:, rank:] = 0
+        return made
+
+    one, other = drawn(2), drawn(2)
+    mean = mean_of(layout, one, other)
+    for slot in layout.slots:
+        products = [t[f"{slot.name}.B"] @ t[f"{slot.name}.A"] for t in (one, other, mean)]
+        np.testing.assert_allclose(products[2], (products[0] + products[1]) / 2, atol=1e-5)
+    assert set(mean) == set(one)
+    for name in layout.dense_shapes:
+        np.testing.assert_allclose(mean[name], (one[name] + other[name]) / 2, rtol=1e-6)
 
 
 def test_senseless_steps_and_no_held_out_rows_are_refused() -> None:
     for steps in ((), (5, 5), (0,), (10, 5)):
         with pytest.raises(ConfigError, match="steps"):
-            personalise(trainer(Quadratic(LAYOUT, 1)), start(), [], [OneLabel()], steps=steps)
+            own_steps(trainer(Quadratic(LAYOUT, 1)), start(), [], steps=steps, rate=0.02)
     with pytest.raises(DataError, match="held_out"):
         mean_loss(trainer(Quadratic(LAYOUT, 1)), start(), [])
 
@@ -106,8 +148,9 @@ def test_own_steps_through_the_worker_are_kept_in_a_file_of_their_own(
     data.write_bytes(msgspec.json.Encoder().encode_lines(lines))
     out = tmp_path / "mine.safetensors"
     found = personalise_once(
-        tiny_bundle, data, tmp_path / "fleet.safetensors", out, steps=(20, 40), threads=1
+        tiny_bundle, data, tmp_path / "fleet.safetensors", out, steps=(20, 40), alone_steps=(2,), threads=1
     )
+    assert list(found.tried)[:4] == ["fleet", "20 steps", "40 steps", "2 steps alone"]
     assert found.adapter == str(out)
     assert found.kept == min(found.tried, key=lambda name: found.tried[name])
     assert found.tried[found.kept] < found.tried["fleet"] - 0.01
@@ -115,7 +158,8 @@ def test_own_steps_through_the_worker_are_kept_in_a_file_of_their_own(
     mine = read_adapter(out, manifest)
     moved = {n[-1] for n, value in mine.tensors.items() if not np.array_equal(value, fleet.tensors[n])}
     assert moved == {"A", "B"}
-    assert "own steps are kept" in text(found)
+    assert f"kept: {out}" in text(found)
+    assert "nats per token" in text(found)
 
 
 def test_without_five_conversations_nothing_is_begun(tiny_bundle: Path, tmp_path: Path) -> None:
