@@ -25,7 +25,7 @@ from fedge.audio import FFT_SAMPLES, HOP_SAMPLES, POSITION_SAMPLES, SAMPLE_RATE,
 from fedge.errors import DataError, UnsupportedError, UsageError
 from quantize.checkpoint import read_checkpoint
 from quantize.encoders import check_fresh, check_head, check_names
-from quantize.supported import check_keys
+from quantize.supported import check_keys, check_plain
 
 MODEL_TYPE: Final = "whisper"
 _WITH_HEAD: Final = "WhisperForAudioClassification"
@@ -52,6 +52,7 @@ def check_audio_config(config: Mapping[str, object]) -> str:
     """The architecture of such a config.json. Raises UnsupportedError."""
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and len(named) == 1 else str(named)
+    check_plain(architecture, config)
     if architecture not in (_WITH_HEAD, *_WITHOUT):
         raise UnsupportedError(
             "this model architecture is not supported",
@@ -78,7 +79,7 @@ def open_audio(folder: Path, architecture: str, classes: Sequence[str], seconds:
         model = read_checkpoint(WhisperForAudioClassification, folder)
         names = check_head(model, classes)
     else:
-        check_fresh(architecture, classes)
+        check_fresh(architecture, classes, vectors=False)
         with _quietly():
             model = read_checkpoint(
                 WhisperForAudioClassification, folder, optional=("projector.", "classifier."), surplus=True

@@ -158,7 +158,7 @@ def outline_of(source: str, classes: Sequence[str] = (), task: str = "") -> Outl
     if classes:
         raise no_classes(place.path.name)
     if task not in ("", "generate"):
-        raise other_task(place.path.name, task)
+        raise other_task(place.path.name, task, "generate")
     return _of_gguf(place.path)
 
 

@@ -136,14 +136,18 @@ def outline_classifier(config: Any, architecture: str, classes: Sequence[str]) -
         return Classifier(model, check_head(model, classes))
 
 
-def check_fresh(architecture: str, classes: Sequence[str]) -> None:
-    """Raise UsageError unless the user names what a model without a head shall tell apart."""
+def check_fresh(architecture: str, classes: Sequence[str], *, vectors: bool = True) -> None:
+    """Raise UsageError unless the user names what a model without a head shall tell apart.
+
+    `vectors`: whether it could make vectors of texts instead.
+    """
     if not classes:
+        named = "--classes yes,no or --classes-from FILE, one a line"
         raise UsageError(
             "this model has no head: name the classes that it shall tell apart",
             field="classes",
             value=architecture,
-            hint="--classes yes,no or --classes-from FILE, one a line; or --task embed for sentence vectors",
+            hint=f"For sentence vectors: --task embed. For a classifier: {named}" if vectors else named,
         )
     check_names(classes)
 

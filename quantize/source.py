@@ -41,6 +41,12 @@ _HUB_FILES: Final = [
     "*.json",
     "README.md",
 ]
+# What a folder must hold for a task.
+_MAKERS: Final = {
+    "generate": "a causal LM",
+    "classify": "an encoder, with --classes, or of a classifier",
+    "embed": "an encoder of texts",
+}
 _README_LICENCE: Final = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
 
 
@@ -95,7 +101,7 @@ def load(text: str, classes: Sequence[str] = (), seconds: float = 0, task: str =
         if seconds:
             raise _no_seconds(place.path.name)
         if task not in ("", "generate"):
-            raise other_task(place.path.name, task)
+            raise other_task(place.path.name, task, "generate")
         return load_gguf(place.path, licence=place.licence)
     folder = place.path if place.path is not None else _from_hub(place)
     return _load_folder(
@@ -150,7 +156,7 @@ def _load_folder(
     config = _read_json(folder / "config.json")
     if is_audio(config):
         if task not in ("", "classify"):
-            raise other_task(str(config["model_type"]), task)
+            raise other_task(str(config["model_type"]), task, "classify")
         return _load_audio(folder, config, (name, licence), classes, seconds)
     architecture = check_config(config)
     if seconds:
@@ -245,9 +251,14 @@ def no_classes(what: str) -> UsageError:
     )
 
 
-def other_task(what: str, task: str) -> UsageError:
-    """The refusal of a task that such a model cannot have."""
-    return UsageError(f"no bundle to {task} can be made of it", field="task", value=what)
+def other_task(what: str, task: str, own: str) -> UsageError:
+    """The refusal of a task that such a model cannot have; `own` is the one that it has."""
+    return UsageError(
+        f"no bundle to {task} can be made of it, only one to {own}",
+        field="task",
+        value=what,
+        hint=f"Leave out --task; to {task}, give the model folder of {_MAKERS[task]}",
+    )
 
 
 def _no_seconds(what: str) -> UsageError:

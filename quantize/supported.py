@@ -31,10 +31,9 @@ _NO_MEANING_HERE: Final = {
     "pretraining_tp",
 }  # fmt: skip
 
+_ABSENT: Final = ("quantization_config", "auto_map")
 # The only values handled for keys of which transformers reads no other, or reads them in other code than we trace.
 _VALUES: Final[dict[str, tuple[object, ...]]] = {
-    "quantization_config": (None,),
-    "auto_map": (None,),
     "rope_interleaved": (False, None),
     "pretraining_tp": (1, None),
     "is_encoder_decoder": (False, None),
@@ -56,6 +55,7 @@ def check_config(config: Config) -> str:
     """The architecture of a config.json. Raises UnsupportedError that names the key, its value and what is handled."""
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and len(named) == 1 else str(named)
+    check_plain(architecture, config)
     for key, allowed in _VALUES.items():
         if key in config and config[key] not in allowed:
             raise _refused(architecture, key, config[key])
@@ -66,11 +66,15 @@ def check_config(config: Config) -> str:
     return architecture
 
 
-def check_keys(architecture: str, config: Config) -> None:
-    """Raises UnsupportedError for a key whose meaning is not known, and for weights or code of another kind."""
-    for key in ("quantization_config", "auto_map"):
+def check_plain(architecture: str, config: Config) -> None:
+    """Raises UnsupportedError for weights that are quantised already, and for a model with code of its own."""
+    for key in _ABSENT:
         if config.get(key) is not None:
             raise _refused(architecture, key, config[key])
+
+
+def check_keys(architecture: str, config: Config) -> None:
+    """Raises UnsupportedError for a key whose meaning is not known, and for a scaling by length."""
     known = _known_keys(config)
     for key, value in sorted(config.items()):
         if key in _ROPE_KEYS:

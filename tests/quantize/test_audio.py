@@ -234,8 +234,10 @@ def test_a_window_that_the_model_has_not_is_refused(audio_folder: Path, seconds:
 
 
 def test_names_are_needed_and_fit(audio_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="name the classes"):
+    with pytest.raises(UsageError, match="name the classes") as caught:
         load(str(audio_folder / "model"))
+    assert "--classes yes,no" in caught.value.hint
+    assert "embed" not in caught.value.hint, "it reads no texts"
     with pytest.raises(UsageError, match="tells 3 classes apart, not 2"):
         load(str(whispers.write_model(tmp_path, WITH_HEAD)), ("yes", "no"))
 
@@ -251,7 +253,8 @@ def test_seconds_are_for_sound(tiny_model: Path) -> None:
         ("config.json", {"use_weighted_layer_sum": True}, "reads every layer"),
         ("config.json", {"architectures": ["WhisperForCausalLM"]}, "architecture is not supported"),
         ("config.json", {"new_trick": 1}, "not handled"),
-        ("config.json", {"quantization_config": {"bits": 4}}, "not handled"),
+        ("config.json", {"quantization_config": {"bits": 4}}, "not handled.*unquantised checkpoint"),
+        ("config.json", {"auto_map": {"AutoModel": "evil.Model"}}, "never run"),
         ("preprocessor_config.json", {"hop_length": 128}, "features made in this way"),
         ("preprocessor_config.json", {"dither": 0.1}, "features made in this way"),
     ],

@@ -22,6 +22,7 @@ from fedge.lora import LoraConfig
 from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, open_manifest
 from quantize.dry_run import forecast
 from quantize.lora_flags import add_lora_flags, lora_of
+from quantize.source import load
 
 
 def dry(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
@@ -52,6 +53,17 @@ def test_boards_are_told_what_the_finished_bundle_would_tell(
     assert main(["bundle", "plan", str(tiny_bundle), "--board", "zero2w", "--memory", "50"]) == 0
     assert "does not fit" in capsys.readouterr().out
     assert main(["bundle", "plan", str(tiny_bundle), "--rows", "0"]) == 64
+
+
+@pytest.mark.parametrize("task", ["classify", "embed"])
+def test_a_gguf_is_refused_for_another_task_with_what_to_give_instead(tmp_path: Path, task: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    said = f"no bundle to {task} can be made of it, only one to generate.*Leave out --task; to {task}, give"
+    with pytest.raises(UsageError, match=said):
+        forecast(str(path), LoraConfig(), None, (), task)
+    with pytest.raises(UsageError, match=said):
+        load(str(path), task=task)
 
 
 def test_weights_are_not_read_and_nothing_is_written(

@@ -194,8 +194,9 @@ def test_a_head_whose_gradient_is_wrong_is_named(
 
 # ---------------------------------------------------------------- refusals
 def test_a_bare_encoder_needs_names(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="name the classes"):
+    with pytest.raises(UsageError, match=r"name the classes.*For sentence vectors: --task embed") as caught:
         load(str(encoders.write_model(tmp_path, "bare")))
+    assert "--classes yes,no" in caught.value.hint
 
 
 def test_names_that_do_not_fit_the_models_own_head_are_refused(tmp_path: Path) -> None:
