@@ -23,10 +23,9 @@ from report import Row, progress
 from edge_agent.dataset import Batch, batches, evaluation_batches
 from edge_agent.dataset import Row as DataRow
 from edge_agent.personal import (
-    HELD_OUT_ROWS,
+    ALONE_TIMES,
     STEPS,
     Tensors,
-    alone_rate,
     choose,
     mean_loss,
     own_rate,
@@ -35,6 +34,7 @@ from edge_agent.personal import (
 from edge_agent.planner import Plan
 from edge_agent.round import data_seed
 from edge_agent.trainer import Trainer
+from edge_agent.trial import HELD_OUT_EVERY
 from fedge.messages import Training
 from fedge.rules import rule_of
 
@@ -115,9 +115,9 @@ def _person(desk: Desk, kept: Kept, person: str, seed: int, *, few: bool) -> dic
     marks = (*(mark for mark in _ALONE_MARKS if mark < alone_steps), alone_steps)
 
     def make() -> dict[str, Any]:
-        rows, validation = desk.rows(person, "train"), desk.rows(person, "validation")[:HELD_OUT_ROWS]
+        rows, validation = desk.rows(person, "train"), desk.rows(person, "validation")
         if few:
-            rows = rows[: FEW - len(validation)]
+            rows, validation = rows[: FEW - FEW // HELD_OUT_EVERY], validation[: FEW // HELD_OUT_EVERY]
         own = own_steps(
             desk.trainer,
             desk.fleet,
@@ -130,7 +130,7 @@ def _person(desk: Desk, kept: Kept, person: str, seed: int, *, few: bool) -> dic
             None,
             desk.training_batches(rows, person, 1, alone_steps),
             steps=marks,
-            rate=alone_rate(task),
+            rate=own_rate(task) * ALONE_TIMES,
         )
         choice = choose(desk.trainer, desk.fleet, own, alone, desk.measuring(validation))
         stopped = min(marks, key=lambda mark: choice.tried[f"{mark} steps alone"])
@@ -151,8 +151,9 @@ def _person(desk: Desk, kept: Kept, person: str, seed: int, *, few: bool) -> dic
         "person": person,
         "few": few,
         "alone_steps": marks,
-        "rates": (own_rate(task), alone_rate(task)),
+        "rates": (own_rate(task), ALONE_TIMES),
         "training": desk.training,
+        "validation": desk.bench.digest("validation"),
         **desk.bench.facts,
     }
     return kept.result(f"person {person} {'few' if few else 'all'} {seed}", facts, make)

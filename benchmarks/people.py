@@ -54,7 +54,6 @@ class Bench:
         self._encode = load_encoder(self.bundle.tokenizer)
         part, unseen = _write_people(scale, folder, self._encode)
         self.groups = {"took part": part, "never seen": unseen}
-        self._words = _digest(folder, [*part, *unseen])
 
     @property
     def facts(self) -> dict[str, object]:
@@ -63,8 +62,16 @@ class Bench:
             "scale": self.scale,
             "bundle": self.bundle.stamp.manifest_sha256.hex(),
             "trained": self.trained.stamp.manifest_sha256.hex(),
-            "words": self._words,
+            "words": self.digest("train", "heldout"),
         }
+
+    def digest(self, *names: str) -> str:
+        """Of everybody's files of these names."""
+        found = hashlib.sha256()
+        for person in (person for people in self.groups.values() for person in people):
+            for name in names:
+                found.update((self.folder / person / f"{name}.jsonl").read_bytes())
+        return found.hexdigest()
 
     def plan(self, training: Training, *, depth: int = 0) -> Plan:
         """The rounds of those who take part."""
@@ -116,15 +123,6 @@ def make_bundle(folder: Path, weights_format: str | None = None) -> Path:
     key = Ed25519PrivateKey.generate()
     quantize(str(source), folder, key, lora=LoraConfig(), weights_format=weights_format)
     return folder
-
-
-def _digest(folder: Path, people: list[str]) -> str:
-    """Of everybody's files."""
-    found = hashlib.sha256()
-    for person in people:
-        for path in sorted((folder / person).iterdir()):
-            found.update(path.read_bytes())
-    return found.hexdigest()
 
 
 def _write_people(scale: Scale, folder: Path, encode: Encode) -> tuple[list[str], list[str]]:

@@ -13,6 +13,7 @@ from fedge.lora import RULES
 
 if TYPE_CHECKING:
     from edge_agent.home import Home
+    from fedge.messages import Training
 
 _EPILOG: Final = """\
 a first device:
@@ -144,14 +145,19 @@ def _add_train_once(words: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="a classifier's head alone: each row is encoded once, so that many steps cost little",
     )
     once.add_argument("--rate", type=float, help="learning rate (default: what suits rule and task)")
-    once.add_argument("--rows", type=_count, help="rows in a step, or pairs of texts (default: the fleet's)")
-    once.add_argument("--window", type=_count, metavar="TOKENS", help="longest row (default: the fleet's)")
-    once.add_argument("--seed", type=_count, default=0, metavar="N", help="order of the rows (default: 0)")
-    once.add_argument("--threads", type=_count, default=0, help="(default: all it may use)")
-    once.add_argument("--json", action="store_true", help="as one JSON object")
-    add_chat(once)
-    add_reading(once)
+    _add_step(once)
     once.set_defaults(run=_train_once)
+
+
+def _add_step(words: argparse.ArgumentParser) -> None:
+    """What every training by oneself may be told about its steps."""
+    words.add_argument("--rows", type=_count, help="rows in a step, or pairs of texts (default: the fleet's)")
+    words.add_argument("--window", type=_count, metavar="TOKENS", help="longest row (default: the fleet's)")
+    words.add_argument("--seed", type=_count, default=0, metavar="N", help="order of the rows (default: 0)")
+    words.add_argument("--threads", type=_count, default=0, help="(default: all it may use)")
+    words.add_argument("--json", action="store_true", help="as one JSON object")
+    add_chat(words)
+    add_reading(words)
 
 
 def _add_personalise(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -182,10 +188,7 @@ def _add_personalise(words: argparse._SubParsersAction[argparse.ArgumentParser])
         metavar="N",
         help="measure after N steps from the base model (20 and 40); may be repeated; 0: try nothing alone",
     )
-    own.add_argument("--seed", type=_count, default=0, metavar="N", help="order of the rows (default: 0)")
-    own.add_argument("--threads", type=_count, default=0, help="(default: all it may use)")
-    own.add_argument("--json", action="store_true", help="as one JSON object")
-    add_reading(own)
+    _add_step(own)
     own.set_defaults(run=_personalise)
 
 
@@ -267,33 +270,16 @@ def _train_once(arguments: argparse.Namespace) -> None:
 
     from edge_agent import trial
     from edge_agent.alone import rule_and_rate
-    from fedge.errors import UsageError
-    from fedge.messages import Training
-    from fedge.rules import usual_rows
 
     bundle = _either(arguments.bundle_folder, arguments.bundle, "BUNDLE")
     data = _either(arguments.data_file, arguments.data, "DATA")
     task = trial.open_bundle_manifest(bundle).task
     rule, rate = rule_and_rate(arguments.rule, arguments.rate, arguments.start, task)
-    wanted = {
-        "rate": rate,
-        "rule": rule,
-        "batch_rows": usual_rows(task) if arguments.rows is None else arguments.rows,
-        "window_tokens": arguments.window,
-        "data_seed": arguments.seed,
-        "template": {"kind": "chat"} if arguments.chat else None,
-    }
-    try:
-        training = msgspec.convert(
-            {name: value for name, value in wanted.items() if value is not None}, Training
-        )
-    except msgspec.ValidationError as error:
-        raise UsageError(f"training cannot be done so: {error}") from error
     found = trial.train_once(
         bundle,
         data,
         steps=arguments.steps,
-        training=training,
+        training=_training(arguments, task, rule, rate),
         threads=arguments.threads,
         progress=trial.on_terminal,
         adapter_out=arguments.adapter_out,
@@ -304,20 +290,44 @@ def _train_once(arguments: argparse.Namespace) -> None:
     print(msgspec.json.encode(found).decode() if arguments.json else trial.text(found))
 
 
+def _training(arguments: argparse.Namespace, task: str, rule: str, rate: float) -> Training:
+    """From the flags of `_add_step`. Raises UsageError."""
+    import msgspec
+
+    from fedge.errors import UsageError
+    from fedge.messages import Training
+    from fedge.rules import usual_rows
+
+    wanted = {
+        "rate": rate,
+        "rule": rule,
+        "batch_rows": usual_rows(task) if arguments.rows is None else arguments.rows,
+        "window_tokens": arguments.window,
+        "data_seed": arguments.seed,
+        "template": {"kind": "chat"} if arguments.chat else None,
+    }
+    try:
+        return msgspec.convert({name: value for name, value in wanted.items() if value is not None}, Training)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"training cannot be done so: {error}") from error
+
+
 def _personalise(arguments: argparse.Namespace) -> None:
     import msgspec
 
     from edge_agent import personal_once, trial
+    from edge_agent.personal import own_rate
 
+    task = trial.open_bundle_manifest(arguments.bundle).task
     found = personal_once.personalise_once(
         arguments.bundle,
         arguments.data,
         arguments.start,
         arguments.adapter_out,
-        steps=tuple(sorted(arguments.steps or ())),
+        steps=tuple(sorted(set(arguments.steps or ()))),
         alone_steps=arguments.alone_steps and tuple(sorted(set(arguments.alone_steps) - {0})),
+        training=_training(arguments, task, "fedit", own_rate(task)),
         threads=arguments.threads,
-        seed=arguments.seed,
         progress=trial.on_terminal,
         reading=reading_of(arguments),
     )

@@ -101,7 +101,7 @@ class Personalise(Job, frozen=True):
     """Take own steps on A and B, and keep what the rows of the file `held_out` like best (edge_agent.personal).
 
     The adapter file is one of the rule `fedit`, and so is the file `out`, which is written when the fleet's own adapter
-    is not the best. `alone_steps` at `alone_rate` begin from the base model; none = nothing is trained alone.
+    is not the best. `alone_steps` begin from the base model; none = nothing is trained alone.
     """
 
     held_out: str
@@ -109,7 +109,6 @@ class Personalise(Job, frozen=True):
     steps: tuple[int, ...]
     data_seed: int = 0
     alone_steps: tuple[int, ...] = ()
-    alone_rate: float = 0.0
 
 
 class Evaluate(Job, frozen=True):

@@ -35,12 +35,11 @@ AfterStep = Callable[[int, StepResult], None]
 STEPS: Final = (5, 10, 20)
 ALONE_STEPS: Final = (20, 40)
 FLEET: Final = "fleet"
-HELD_OUT_ROWS: Final = 8  # they shorten the tail of those who lose; more rows cost more than they tell
 # Of a fleet's rate for both factors. Nobody averages the noise of a person's four rows, and the fleet's adapter is
 # near its goal already: twice the rate loses in the first ten steps what the next ten win. From the base model it is
 # farther.
 _OWN_RATE: Final = 1 / 8
-_ALONE_RATE: Final = 1 / 2
+ALONE_TIMES: Final = 4  # that rate, from the base model
 _DECAY: Final = 0.01
 _SEED: Final = bytes(16)  # of A, which is trained as well, so that no other side needs to know it
 
@@ -48,11 +47,6 @@ _SEED: Final = bytes(16)  # of A, which is trained as well, so that no other sid
 def own_rate(task: str) -> float:
     """The learning rate of steps on top of the fleet's adapter, for a task of `fedge.release.TASKS`."""
     return usual_rate("fedit", task) * _OWN_RATE
-
-
-def alone_rate(task: str) -> float:
-    """The learning rate of steps from the base model."""
-    return usual_rate("fedit", task) * _ALONE_RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +165,7 @@ def on_rows(
     own = train(fleet, job.steps, training.rate, job.data_seed, 0)
     alone: dict[int, Tensors] = {}
     if job.alone_steps:  # in another order, so that the two err in other ways
-        alone = train(None, job.alone_steps, job.alone_rate, job.data_seed + 1, job.steps[-1])
+        alone = train(None, job.alone_steps, training.rate * ALONE_TIMES, job.data_seed + 1, job.steps[-1])
     measured = [batch for _, batch in evaluation_batches(held_out, size=training.batch_rows, pad_id=pad_id)]
     return choose(trainer, fleet, own, alone, measured)
 

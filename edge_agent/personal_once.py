@@ -1,7 +1,7 @@
 """`fedge agent personalise`: own steps on top of the fleet's adapter, and alone. No network; nothing leaves the device.
 
-Every fifth conversation is held out, and at most `edge_agent.personal.HELD_OUT_ROWS` of their rows choose. A file is
-written only when own steps were better on them; the fleet's adapter stays as it is either way.
+Every fifth conversation is held out, and at most `edge_agent.trial.HELD_OUT_MAX` of their rows choose. A file is
+written only when something was better on them than the fleet's adapter, which stays as it is either way.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ def personalise_once(
     *,
     steps: tuple[int, ...] = (),
     alone_steps: tuple[int, ...] | None = None,
-    training: Training | None = None,
+    training: Training,
     threads: int = 0,
-    seed: int = 0,
     progress: OnProgress = lambda what, done, of: None,
     reading: Reading | None = None,
 ) -> Personal:
-    """Try own steps from the adapter file `start`, and `alone_steps` from the base model (none are
-    allowed, None = the usual); write `out` when one of what came of it is better than `start`.
+    """Try own steps from the adapter file `start`, and `alone_steps` from the base model; write `out` when one of what
+    came of it is better than `start`.
 
-    Raises what the worker's job raises, the refusals of `fedge.io.adapter_file.read_trained`, UsageError when
-    `out` would replace something else.
+    `steps` () and `alone_steps` None are the usual; () alone is none. `training` is of the rule `fedit`, and its rate
+    that of steps on top of the fleet's. Raises what the worker's job raises, the refusals of
+    `fedge.io.adapter_file.read_trained`, UsageError when `out` would replace something else.
     """
     import numpy as np
 
-    from edge_agent.personal import ALONE_STEPS, HELD_OUT_ROWS, STEPS, alone_rate, own_rate
+    from edge_agent.personal import ALONE_STEPS, STEPS
     from fedge.io.adapter_file import adapter_of_state, read_trained, write_adapter
-    from fedge.rules import rule_of, usual_rows
+    from fedge.rules import rule_of
 
     manifest = trial.open_bundle_manifest(bundle)
     trial.check_target(out)
@@ -75,7 +75,7 @@ def personalise_once(
     rule = rule_of("fedit", manifest.layout, bytes(16))
     folder = Path(tempfile.mkdtemp(prefix="fedge-personal-"))  # 0700
     try:
-        recordings = trial.write_halves(folder, data, reading, HELD_OUT_ROWS)
+        recordings = trial.write_halves(folder, data, reading)
         state = rule.from_factors(adapter.tensors)
         durable.write_bytes(folder / "start.f32", state.astype("<f4").tobytes(), secret=True)
         job = jobs.Personalise(
@@ -85,16 +85,11 @@ def personalise_once(
             held_out=str(folder / "held_out.jsonl"),
             out=str(folder / "own.f32"),
             steps=steps or STEPS,
-            training=msgspec.structs.replace(
-                training or Training(batch_rows=usual_rows(manifest.task)),
-                rule="fedit",
-                rate=own_rate(manifest.task),
-            ),
+            training=training,
             threads=threads_allowed(threads),
             reading=recordings,
-            data_seed=seed,
+            data_seed=training.data_seed,
             alone_steps=ALONE_STEPS if alone_steps is None else alone_steps,
-            alone_rate=alone_rate(manifest.task),
         )
         reply = trial.one_job(job, "steps", progress)
         assert isinstance(reply, jobs.Personalised)

@@ -11,6 +11,7 @@ import queue
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
@@ -112,7 +113,7 @@ def train_once(
     rounds = own.rounds(steps)
     folder = Path(tempfile.mkdtemp(prefix="fedge-trial-"))  # 0700
     try:
-        parts = write_halves(folder, data, reading, HELD_OUT_MAX)
+        parts = write_halves(folder, data, reading)
         bench = _Bench(bundle.resolve(), folder, own.training, threads_allowed(threads), progress, parts)
         try:
             before = bench.evaluate(own, "loss before")
@@ -203,10 +204,21 @@ def split(records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
     return parts
 
 
-def write_halves(folder: Path, data: Path, reading: Reading | None, held_out_max: int) -> Reading:
-    """`train.jsonl` and `held_out.jsonl` in `folder`; returns how to read them: recordings stay where they are.
+def by_turns(records: Iterable[Record]) -> list[Record]:
+    """One of each conversation, then the next of each: however few are taken, they are of many."""
+    seen: Counter[str] = Counter()
+    turns: list[tuple[int, Record]] = []
+    for record in records:
+        turns.append((seen[record.conversation] if record.conversation else 0, record))
+        seen[record.conversation] += 1
+    return [record for _, record in sorted(turns, key=lambda turn: turn[0])]  # stable
 
-    Raises DataError when one of them would be empty, and what `read_records` raises.
+
+def write_halves(folder: Path, data: Path, reading: Reading | None) -> Reading:
+    """`train.jsonl` and `held_out.jsonl` in `folder`, the second of at most `HELD_OUT_MAX` examples.
+
+    Returns how to read them: recordings stay where they are. Raises DataError when one of them would be empty, and what
+    `read_records` raises.
     """
     how = reading or Reading()
     train, held_out = split(read_records(data, how))
@@ -218,7 +230,7 @@ def write_halves(folder: Path, data: Path, reading: Reading | None, held_out_max
             hint=f"give at least {HELD_OUT_EVERY} lines",
         )
     write_records(folder / "train.jsonl", train)
-    write_records(folder / "held_out.jsonl", held_out, held_out_max)
+    write_records(folder / "held_out.jsonl", by_turns(held_out), HELD_OUT_MAX)
     return Reading(folder=str(how.root(data).resolve()))
 
 

@@ -9,14 +9,16 @@ import pytest
 from quadratic import OneLabel, Quadratic
 
 from edge_agent.bundle import open_bundle
-from edge_agent.personal import Choice, choose, mean_loss, mean_of, own_steps
+from edge_agent.personal import Choice, choose, mean_loss, mean_of, own_rate, own_steps
 from edge_agent.personal_once import personalise_once, text
 from edge_agent.trainer.trainer import Trainer
 from fedge.errors import ConfigError, DataError
 from fedge.io.adapter_file import adapter_of, read_adapter, write_adapter
 from fedge.lora import AdapterLayout, LoraConfig
+from fedge.messages import Training
 from fedge.rules import Ffa
 
+TRAINING = Training(rule="fedit", rate=own_rate("generate"))
 LAYOUT = AdapterLayout.of(2, {"self_attn.q_proj": (24, 32)}, LoraConfig(r=4, alpha=8.0))
 
 
@@ -148,7 +150,14 @@ def test_own_steps_through_the_worker_are_kept_in_a_file_of_their_own(
     data.write_bytes(msgspec.json.Encoder().encode_lines(lines))
     out = tmp_path / "mine.safetensors"
     found = personalise_once(
-        tiny_bundle, data, tmp_path / "fleet.safetensors", out, steps=(20, 40), alone_steps=(2,), threads=1
+        tiny_bundle,
+        data,
+        tmp_path / "fleet.safetensors",
+        out,
+        steps=(20, 40),
+        alone_steps=(2,),
+        training=TRAINING,
+        threads=1,
     )
     assert list(found.tried)[:4] == ["fleet", "20 steps", "40 steps", "2 steps alone"]
     assert found.adapter == str(out)
@@ -169,6 +178,10 @@ def test_without_five_conversations_nothing_is_begun(tiny_bundle: Path, tmp_path
     (tmp_path / "own.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(DataError, match="too little data"):
         personalise_once(
-            tiny_bundle, tmp_path / "own.jsonl", tmp_path / "fleet.safetensors", tmp_path / "mine"
+            tiny_bundle,
+            tmp_path / "own.jsonl",
+            tmp_path / "fleet.safetensors",
+            tmp_path / "mine",
+            training=TRAINING,
         )
     assert not (tmp_path / "mine").exists()

@@ -12,7 +12,7 @@ import pytest
 from edge_agent import jobs
 from edge_agent.alone import OwnAdapter, rule_and_rate
 from edge_agent.dataset import Conversation, Turn, read_records
-from edge_agent.trial import Trial, open_bundle_manifest, split, train_once, write_records
+from edge_agent.trial import Trial, by_turns, open_bundle_manifest, split, train_once, write_records
 from edge_agent.worker import evaluate
 from fedge.cli import main
 from fedge.errors import DataError, IntegrityError, NoInputError, StorageError, UsageError
@@ -68,6 +68,13 @@ def test_whole_conversations_are_held_out() -> None:
     assert not {record.conversation for record in train} & {record.conversation for record in held_out}
     unnamed = [Conversation(line, "", turns) for line in range(10)]
     assert [record.line for record in split(unnamed)[1]] == [4, 9]
+    assert by_turns(unnamed) == unnamed
+
+
+def test_the_few_that_measure_are_of_many_conversations() -> None:
+    turns = (Turn("user", "a"), Turn("assistant", "b"))
+    records = [Conversation(line, talk, turns) for line, talk in enumerate("aaabbc")]
+    assert [record.line for record in by_turns(records)] == [0, 3, 5, 1, 4, 2]
 
 
 def test_too_little_data_no_bundle_and_a_spoilt_one(tiny_bundle: Path, data: Path, tmp_path: Path) -> None:

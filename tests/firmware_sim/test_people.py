@@ -30,9 +30,9 @@ def message(sender: str, text: str, minute: int = 0) -> dict[str, str]:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """Ann, Bob and Cid talk pairwise, 50 conversations each pair; Dan says one thing and no more."""
+    """Ann, Bob and Cid talk pairwise, 80 conversations each pair; Dan says one thing and no more."""
     conversations = {}
-    for number in range(150):
+    for number in range(240):
         one, other = (("ann", "bob"), ("bob", "cid"), ("cid", "ann"))[number % 3]
         runs = []
         for turn in range(8):
