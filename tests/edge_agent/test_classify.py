@@ -12,10 +12,13 @@ from transformers import AutoModelForSequenceClassification
 
 from edge_agent.bundle import Bundle, open_bundle
 from edge_agent.dataset import Batch, load_dataset, load_encoder, make_batch
+from edge_agent.personal_once import personalise_once
+from edge_agent.personal_once import text as personal_text
 from edge_agent.planner import Plan
 from edge_agent.trainer import Trainer, train_round
 from edge_agent.trial import text, train_once
 from fedge.errors import DataError
+from fedge.io.adapter_file import read_adapter
 from fedge.lora import DENSE
 from fedge.messages import Template, Training
 from quantize.classifier_gates import LabelledBatch, torch_answers
@@ -178,3 +181,23 @@ def test_train_once_learns_and_tells_accuracy(folder: Path, tmp_path: Path) -> N
     assert "accuracy" in text(trial)
     assert "nats per row" in text(trial)
     assert adapter.is_file()
+
+
+def test_a_persons_own_classifier_has_a_head_of_its_own(folder: Path, tmp_path: Path) -> None:
+    rows, fleet, mine = (
+        write_rows(tmp_path / "rows.jsonl", 10),
+        tmp_path / "fleet.fedge",
+        tmp_path / "mine.fedge",
+    )
+    training = Training(rule="fedit", a_seed=SEED, batch_rows=8, window_tokens=32, rate=0.005)
+    train_once(folder / "bundle", rows, steps=1, training=training, threads=1, adapter_out=fleet)
+    found = personalise_once(
+        folder / "bundle", rows, fleet, mine, steps=(10,), alone_steps=(20,), training=training, threads=1
+    )
+    assert list(found.tried)[:3] == ["fleet", "10 steps", "20 steps alone"]
+    assert len(found.tried) == 4  # and the mean of the better two
+    assert "nats per row" in personal_text(found)
+    adapters = [read_adapter(path, open_bundle(folder / "bundle").manifest).tensors for path in (fleet, mine)]
+    heads = [name for name in adapters[0] if name.startswith(DENSE)]
+    assert heads
+    assert not any(np.array_equal(adapters[0][name], adapters[1][name]) for name in heads)
