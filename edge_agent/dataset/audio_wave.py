@@ -1,16 +1,18 @@
 """WAV files as people record them, to one channel of floats: only as much of a file is read as the model hears.
 
-PCM of 8, 16, 24 and 32 bits, one channel or two, 4 to 192 kHz. Whatever is wrong with a file is told with its name,
-before anything is learnt; memory does not depend on how long the file is.
+PCM of 8, 16, 24 and 32 bits, one channel or two, 4 to 192 kHz, in the plain form or in WAVE_FORMAT_EXTENSIBLE.
+Whatever is wrong with a file is told with its name, before anything is learnt; memory does not depend on how long the
+file is.
 """
 
 from __future__ import annotations
 
+import io
 import wave
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,9 @@ RATES: Final = range(4_000, 192_001)  # Hz
 _CHANNELS_MAX: Final = 2
 _WIDTHS: Final = (1, 2, 3, 4)  # bytes
 _BLOCK_FRAMES: Final = 65_536
+_EXTENSIBLE: Final = b"\xfe\xff"  # the format's tag: what the samples are comes later, as a tag and this
+_WITH_A_TAG: Final = bytes.fromhex("000000001000800000aa00389b71")
+_TAG_AT, _SUBTAG_AT, _FMT_BYTES = 8, 32, 48  # from where the chunk "fmt " begins
 _HINT: Final = "Save it as PCM: ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le NEW.wav"
 
 
@@ -41,7 +46,7 @@ def read_wave(path: Path, samples_max: int, rate: int) -> Sound:
     Raises DataError with the file and what is wrong with it, StorageError when it cannot be read.
     """
     try:
-        with path.open("rb") as stream, wave.open(stream) as source:
+        with path.open("rb") as stream, wave.open(_plain(stream)) as source:
             _check(path, source, rate)
             own = source.getframerate()
             wanted = ceil(samples_max * own / rate) + reach_of(own, rate)
@@ -55,6 +60,46 @@ def read_wave(path: Path, samples_max: int, rate: int) -> Sound:
         raise StorageError(f"cannot read {path}: {error.strerror}", field="audio", value=str(path)) from error
     more = total * rate > samples_max * own
     return Sound(resample(sound, own, rate)[:samples_max], more)
+
+
+class _Retagged(io.RawIOBase):
+    """A file with other bytes at one place. Not for writing."""
+
+    def __init__(self, stream: BinaryIO, at: int, other: bytes) -> None:
+        self._stream, self._at, self._other = stream, at, other
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._stream.seek(offset, whence)
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]  # what io.BufferedReader gives
+        start = self._stream.tell()
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        for place, byte in enumerate(self._other, self._at - start):
+            if 0 <= place < len(data):
+                buffer[place] = byte
+        return len(data)
+
+
+def _plain(stream: BinaryIO) -> BinaryIO:
+    """The file; one in WAVE_FORMAT_EXTENSIBLE with the tag of what it extends, as `wave` of Python 3.11 knows it."""
+    head = stream.read(12)
+    at = stream.tell()
+    while len(chunk := stream.read(8)) == 8 and chunk[:4] not in (b"fmt ", b"data"):
+        at = stream.seek((int.from_bytes(chunk[4:], "little") + 1) & ~1, io.SEEK_CUR)
+    chunk += stream.read(_FMT_BYTES - 8)
+    stream.seek(0)
+    tag = chunk[_SUBTAG_AT : _SUBTAG_AT + 2]
+    extended = chunk[_TAG_AT : _TAG_AT + 2] == _EXTENSIBLE and chunk[_SUBTAG_AT + 2 :] == _WITH_A_TAG
+    if head[:4] != b"RIFF" or chunk[:4] != b"fmt " or not extended:
+        return stream
+    return io.BufferedReader(_Retagged(stream, at + _TAG_AT, tag))
 
 
 def _check(path: Path, source: wave.Wave_read, wanted: int) -> None:

@@ -36,6 +36,24 @@ def test_pcm_of_every_width_is_heard(tmp_path: Path, width: int, channels: int) 
     assert np.abs(found - expected).max() <= 1.01 * 2.0 ** (1 - 8 * width) + 1e-7
 
 
+def extend(path: Path, kind: int = 1, rest: str = "000000001000800000aa00389b71") -> None:
+    """The same file as WAVE_FORMAT_EXTENSIBLE, with a chunk of an odd size before its format."""
+    data = path.read_bytes()
+    fmt = b"\xfe\xff" + data[22:36] + struct.pack("<HHIH", 22, 8 * data[32], 0, kind) + bytes.fromhex(rest)
+    body = b"WAVE" + b"LIST\x03\0\0\0abc\0" + b"fmt " + struct.pack("<I", len(fmt)) + fmt + data[36:]
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+
+
+@pytest.mark.parametrize(("width", "channels"), [(1, 1), (2, 1), (2, 2), (3, 2), (4, 1)])
+def test_the_extensible_form_is_heard_as_the_plain_one(tmp_path: Path, width: int, channels: int) -> None:
+    """Python's own reader knows it from 3.12 on."""
+    sound = np.stack([whispers.tone(500, 0.1), whispers.tone(300, 0.1)][:channels], 1)
+    path = whispers.write_wave(tmp_path / "a.wav", sound, width=width)
+    plain = samples(path)
+    extend(path)
+    np.testing.assert_array_equal(samples(path), plain)
+
+
 @pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])
 def test_another_rate_gives_the_same_sound(tmp_path: Path, rate: int) -> None:
     times = np.arange(rate) / rate
@@ -77,6 +95,14 @@ def _floats(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _extended_floats(path: Path) -> None:
+    extend(path, 3)
+
+
+def _extended_by_another(path: Path) -> None:
+    extend(path, rest="00" * 14)
+
+
 def _rate(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[24:28] = struct.pack("<I", 1_000)
@@ -99,6 +125,8 @@ def _no_wave(path: Path) -> None:
         (_cut_off, "cut off: its header promises 3,200 frames, 2,950 are there"),
         (_cut_in_header, "ends within its header"),
         (_floats, "unknown format"),
+        (_extended_floats, "unknown format: 3.*Save it as PCM: ffmpeg"),
+        (_extended_by_another, "unknown.*Save it as PCM: ffmpeg"),
         (_rate, "rate is 1000 Hz"),
         (_many_channels, "6 channels"),
         (_no_wave, "does not start with RIFF"),
