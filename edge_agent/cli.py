@@ -21,6 +21,7 @@ a first device:
   fedge agent enroll TOKEN                               join a fleet; the operator has the token
   fedge agent run --data my.jsonl                        take part; stop it with Ctrl-C, nothing is lost
   fedge agent status                                     from another terminal
+  fedge agent adapter --out fleet.fedge                  what came of it, for this device
   fedge agent unit --data my.jsonl                       the same as a systemd service
 
 The data file never leaves this device. JSON Lines, a table, plain text; look at it first: fedge agent data FILE
@@ -50,6 +51,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_run(words)
     _add_status(words)
     _add_train_once(words)
+    _add_adapter(words)
     _add_personalise(words)
     _add_unit(words)
     add_data(words)
@@ -160,6 +162,21 @@ def _add_step(words: argparse.ArgumentParser) -> None:
     add_reading(words)
 
 
+def _add_adapter(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    adapter = words.add_parser(
+        "adapter",
+        help="the fleet's newest adapter as a file, to use it on this device",
+        description="Whoever trains may use what came of it. Writes the newest adapter of the campaign that this "
+        "device follows to a file that `fedge agent chat`, `generate`, `embed` and `personalise` take, and says where "
+        "its bundle is. The agent may be running.",
+    )
+    adapter.add_argument("--out", type=Path, required=True, metavar="FILE", help="write it here")
+    adapter.add_argument("--blobs", type=Path, metavar="DIR", help="the folder that `run --blobs` was given")
+    adapter.add_argument("--json", action="store_true", help="as one JSON object")
+    _add_home(adapter)
+    adapter.set_defaults(run=_adapter)
+
+
 def _add_personalise(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     own = words.add_parser(
         "personalise",
@@ -171,7 +188,12 @@ def _add_personalise(words: argparse._SubParsersAction[argparse.ArgumentParser])
     own.add_argument("bundle", type=Path, metavar="BUNDLE", help="from `fedge quantize`")
     own.add_argument("data", type=Path, metavar="DATA", help="private examples: JSON Lines, a table, text")
     own.add_argument(
-        "--from", dest="start", type=Path, required=True, metavar="ADAPTER", help="the fleet's adapter file"
+        "--from",
+        dest="start",
+        type=Path,
+        required=True,
+        metavar="ADAPTER",
+        help="the fleet's adapter, from `fedge agent adapter`",
     )
     own.add_argument("--adapter-out", type=Path, required=True, metavar="FILE", help="your own adapter")
     own.add_argument(
@@ -263,6 +285,15 @@ def _status(arguments: argparse.Namespace) -> None:
         print(msgspec.json.encode(status).decode())
     else:
         print("\n".join(lines(status)))
+
+
+def _adapter(arguments: argparse.Namespace) -> None:
+    import msgspec
+
+    from edge_agent.fleet_adapter import take, text
+
+    taken = take(_home(arguments), arguments.out, arguments.blobs)
+    print(msgspec.json.encode(taken).decode() if arguments.json else text(taken))
 
 
 def _train_once(arguments: argparse.Namespace) -> None:

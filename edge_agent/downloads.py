@@ -1,11 +1,12 @@
 """What an agent fetches: bundles and adapters, in one thread of their own so that the machine never waits.
 
-Every file lies under its hash; a bundle is a folder `<manifest hash>.bundle` of links with the names that the manifest
-gives. The folder gets its name when all its files are verified. Several agents may share the blobs.
+Every file lies under its hash; a bundle is a folder `<manifest hash>.bundle` where the same files have the names that
+the manifest gives. The folder gets its name when all its files are verified. Several agents may share the blobs.
 """
 
 from __future__ import annotations
 
+import errno
 import queue
 import shutil
 import ssl
@@ -22,6 +23,7 @@ from fedge.limits import MANIFEST_BYTES_MAX
 from fedge.messages import Announcement
 from fedge.release import MANIFEST, SIGNATURE, open_manifest
 
+_NO_HARD_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _FOR_GOOD: Final = (IntegrityError, UnsupportedError)
 
 
@@ -116,7 +118,7 @@ class Downloads:
         part = durable.part_name(folder)
         part.mkdir()
         for name, target in links.items():
-            (part / name).symlink_to(Path("..") / target)
+            _name(part / name, self._folder / target)
         durable.write_bytes(part / SIGNATURE, signature)
         try:
             part.rename(folder)
@@ -130,10 +132,23 @@ class Downloads:
         """Remove the adapters of earlier rounds; shared blobs are left to whoever owns them."""
         if not self._private:
             return
-        kept = {keep.hex()}
-        for link in self._folder.glob("*.bundle/*"):
-            if link.is_symlink():
-                kept.add(link.readlink().name)
+        bundled = {path.stat().st_ino for path in self._folder.glob("*.bundle/*")}
         for path in self._folder.iterdir():
-            if path.is_file() and len(path.name) == 64 and path.name not in kept:
+            if not path.is_file() or len(path.name) != 64 or path.name == keep.hex():
+                continue
+            if path.stat().st_ino not in bundled:
                 path.unlink(missing_ok=True)
+
+
+def _name(path: Path, file: Path) -> None:
+    """A second name for `file`, in a folder beside it.
+
+    A hard link, because the runtime opens no weights through a symbolic one when it generates. Where the file system
+    has no hard links, the symbolic one does for training, which maps the weights itself.
+    """
+    try:
+        path.hardlink_to(file)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        path.symlink_to(Path("..") / file.name)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import http.server
 import os
 import queue
 import shutil
 import socket
 import ssl
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,6 +188,32 @@ class Desk:
             authority=self.pem.read_bytes(),
         )
         return home
+
+
+@contextlib.contextmanager
+def serving(desk: Desk, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The hub's HTTPS door for the files of one folder, by hash, and what was asked for at it."""
+    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in folder.iterdir()}
+    asked: list[str] = []
+
+    class Door(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            body = files[self.path.removeprefix("/b/")].read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    server.socket = desk.server_tls().wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"https://localhost:{server.server_address[1]}", asked
+    server.shutdown()
+    server.server_close()
 
 
 def eventually(condition: Callable[[], object], seconds: float = 20) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.server
 import os
 import signal
 import subprocess
@@ -17,14 +16,16 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from desk import MOSQUITTO, Broker, Client, Desk, eventually
+from desk import MOSQUITTO, Broker, Client, Desk, eventually, serving
 
 from edge_agent import driver as driving
 from edge_agent import effects, surroundings
 from edge_agent import work as working
 from edge_agent.board_state import Board
+from edge_agent.bundle import open_bundle
 from edge_agent.conditions import Reading
 from edge_agent.driver import Driver
+from edge_agent.generator import Generator
 from edge_agent.home import Home
 from edge_agent.journal import Journal
 from edge_agent.pace import Pace
@@ -123,32 +124,6 @@ def running(scene: Scene, *words: str) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-@contextlib.contextmanager
-def serving(desk: Desk, bundle: Path) -> Iterator[tuple[str, list[str]]]:
-    """The hub's HTTPS door for the files of one bundle, by hash."""
-    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in bundle.iterdir()}
-    asked: list[str] = []
-
-    class Door(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            body = files[self.path.removeprefix("/b/")].read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Door)
-    server.socket = desk.server_tls().wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"https://localhost:{server.server_address[1]}", asked
-    server.shutdown()
-    server.server_close()
-
-
 def test_a_process_is_small_loads_nothing_heavy_and_stops_cleanly(scene: Scene) -> None:
     with running(scene) as process:
         up = scene.presence()
@@ -203,6 +178,7 @@ def test_a_bundle_is_fetched_once_and_the_device_says_ready(scene: Scene, tiny_b
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
             path.name: path.read_bytes() for path in tiny_bundle.iterdir()
         }
+        Generator(open_bundle(folder))  # an owner may use it as it lies there
         before = len(asked)
         with running(scene):
             assert scene.ready().prekey == ready.prekey  # it may already stand in an OPEN

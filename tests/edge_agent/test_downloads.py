@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.server
 import queue
@@ -112,6 +113,11 @@ def test_a_bundle_is_a_folder_of_verified_files(store: Store, tmp_path: Path) ->
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {name: found[name] for name in FILES} == FILES
     assert found["manifest.sig"] == said.manifest_signature
+    assert not any(
+        path.is_symlink() for path in folder.iterdir()
+    )  # the runtime refuses to generate from them
+    weights = bench.downloads.blob(hashlib.sha256(FILES["weights.bin"]).digest())
+    assert weights.samefile(folder / "weights.bin")  # nothing lies here twice
     assert bench.want(FetchBundle(said)) == Fetched(said.manifest.sha256)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -151,6 +157,21 @@ def test_a_bundle_that_lacks_a_file_is_tried_again_later(
     assert bench.want(FetchBundle(said)) == Fetched(said.manifest.sha256)
 
 
+def test_a_file_system_without_hard_links_has_symbolic_ones(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    bench, said = Bench(tmp_path), announce(store)
+    assert bench.want(FetchBundle(said)) == Fetched(said.manifest.sha256)
+    bench.want(FetchBlob(store.url, store.add(b"adapter 1")))  # and sweeps
+    folder = bench.downloads.bundle(said.manifest.sha256)
+    assert (folder / "weights.bin").is_symlink()
+    assert (folder / "weights.bin").read_bytes() == FILES["weights.bin"]
+
+
 @pytest.mark.parametrize("private", [True, False])
 def test_earlier_adapters_are_swept_from_private_blobs_and_bundles_are_not(
     store: Store, tmp_path: Path, private: bool
@@ -165,6 +186,7 @@ def test_earlier_adapters_are_swept_from_private_blobs_and_bundles_are_not(
     folder = bench.downloads.bundle(said.manifest.sha256)
     assert (folder / "weights.bin").read_bytes() == FILES["weights.bin"]
     assert (folder / "manifest.json").exists()
+    assert bench.downloads.blob(said.manifest.sha256).exists()
 
 
 def test_stopping_does_not_wait_for_a_server(store: Store, tmp_path: Path) -> None:
