@@ -19,7 +19,7 @@ from edge_agent.believed import campaign_in
 from edge_agent.home import Home
 from edge_agent.journal import Journal
 from edge_agent.trial import check_target, open_bundle_manifest
-from fedge.errors import DataError, NoInputError
+from fedge.errors import DataError, NoInputError, UnavailableError
 from fedge.io.fetch import Fetcher
 from fedge.io.tls import client_tls
 
@@ -67,6 +67,13 @@ def take(home: Home, out: Path, blobs: Path | None = None) -> FleetAdapter:
         )
     campaign = campaign_in(state.announcement)
     bundle = folder / f"{campaign.manifest.sha256.hex()}.bundle"
+    if not bundle.exists():
+        raise NoInputError(
+            "the bundle of the campaign is not on this device",
+            field="blobs",
+            value=str(folder),
+            hint="The agent fetches it; where it was told `run --blobs DIR`, say so here, too",
+        )
     manifest = open_bundle_manifest(bundle)
     content = _content(home, folder, campaign)
 
@@ -103,4 +110,12 @@ def _content(home: Home, blobs: Path, campaign: Announcement) -> bytes:
     with tempfile.TemporaryDirectory(prefix="fedge-adapter-") as folder:  # 0700
         tls = client_tls(home.authority, home.certificate, home.key)
         fetcher = Fetcher(Path(folder), tls, threading.Event())
-        return fetcher.fetch(campaign.url, ref.sha256, ref.size).read_bytes()
+        try:
+            return fetcher.fetch(campaign.url, ref.sha256, ref.size).read_bytes()
+        except UnavailableError as error:
+            raise UnavailableError(
+                f"the newest adapter lies at the hub, which did not give it: {error.what}",
+                field="url",
+                value=campaign.url,
+                hint="Try again when the hub can be reached",
+            ) from error
