@@ -23,7 +23,7 @@ for _variable in (
 
 from kept import Kept  # noqa: E402
 from learning_personal import personal_rows  # noqa: E402
-from learning_rules import rule_rows, training_of  # noqa: E402
+from learning_rules import CASES, rule_rows, training_of  # noqa: E402
 from learning_steps import step_rows  # noqa: E402
 from people import QUICK, Bench, Scale, make_bundle, told  # noqa: E402
 from report import Row, parser, print_report  # noqa: E402
@@ -73,6 +73,9 @@ def main() -> None:
     flags.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
     flags.add_argument("--part", action="append", choices=PARTS, help="which tables (all)")
     flags.add_argument(
+        "--case", action="append", choices=[case.name for case in CASES], help="which of the rules (all)"
+    )
+    flags.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep finished runs here, and go on from them"
     )
     flags.add_argument("--devices", type=int, default=16, metavar="N", help="blocs of 8 people (16)")
@@ -91,7 +94,7 @@ def main() -> None:
         if "codec" in wanted:
             found += rows(CodecBench(bench).runs(seeds))
         if "rules" in wanted:
-            found += rule_rows(bench, kept, seeds)
+            found += rule_rows(bench, kept, seeds, args.case or [case.name for case in CASES])
         if "personal" in wanted:
             found += personal_rows(bench, kept, args.seed)
         if "steps" in wanted:
