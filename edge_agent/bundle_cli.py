@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from fedge.messages import Training
     from fedge.release import Manifest
 
+_THERE_ALONE: Final = 1 / 3  # of a step, which goes there, there again, and back
 _EPILOG: Final = """\
 examples:
   fedge bundle show bundle
   fedge bundle verify bundle --publisher 3b6a27bc…          the signer must be this one
   fedge bundle plan bundle --board pi4 --rows 4 --window 128
+  fedge bundle plan bundle --board zero2w --head-only       a classifier's head alone
 
 A bundle is what `fedge quantize MODEL --out DIR` makes.
 """
@@ -81,6 +83,11 @@ def _add_plan(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> arg
     )
     plan.add_argument("--rows", type=int, help="rows in a step (default: the fleet's)")
     plan.add_argument("--window", type=int, metavar="TOKENS", help="longest row (default: the fleet's)")
+    plan.add_argument(
+        "--head-only",
+        action="store_true",
+        help="for a classifier's head alone, as `train-once --head-only` trains it: no way back through the layers",
+    )
     plan.set_defaults(run=_plan)
     return plan
 
@@ -122,6 +129,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     import msgspec
 
+    from edge_agent.depth import ALL, HEAD_ONLY
     from edge_agent.planner import row_tokens, step_rows
     from fedge.boards import BOARDS, board
     from fedge.errors import UsageError
@@ -129,6 +137,14 @@ def _plan(arguments: argparse.Namespace) -> None:
     from fedge.rules import usual_rows
 
     manifest = _open(arguments.bundle)
+    depth = HEAD_ONLY if arguments.head_only else ALL
+    if arguments.head_only and not manifest.dense:
+        raise UsageError(
+            "this bundle has no head that trains",
+            field="head-only",
+            value=manifest.task,
+            hint="Give the bundle of a classifier",
+        )
     rows_wanted = usual_rows(manifest.task) if arguments.rows is None else arguments.rows
     wanted = {"batch_rows": rows_wanted, "window_tokens": arguments.window}
     try:
@@ -140,7 +156,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     step = step_rows(manifest, training)
     tokens, parameters = step * training.window_tokens, _parameters(manifest)
     boards = [board(arguments.board)] if arguments.board else list(BOARDS.values())
-    rows = [_row(manifest, training, kind, parameters, arguments.memory) for kind in boards]
+    rows = [_row(manifest, training, kind, parameters, arguments.memory, depth) for kind in boards]
     if arguments.json:
         print(json.dumps({"tokens_per_step": tokens, "parameters": parameters, "boards": rows}))
         return
@@ -155,17 +171,27 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _row(
-    manifest: Manifest, training: Training, kind: Board, parameters: int, memory_mb: int | None
+    manifest: Manifest,
+    training: Training,
+    kind: Board,
+    parameters: int,
+    memory_mb: int | None,
+    depth: int = 0,
 ) -> dict[str, Any]:
-    """What an agent's planner makes of a board: the same room, the same plan, the same figure."""
+    """What an agent's planner makes of a board: the same room, the same plan, the same figure.
+
+    Time of a head alone is that of a step whose rows were never met before.
+    """
+    from edge_agent.depth import HEAD_ONLY
     from edge_agent.planner import AGENT_BYTES, plan, step_rows, worker_bytes
     from fedge.errors import UnavailableError
 
     free = max(0, (memory_mb * 10**6 if memory_mb else kind.free_bytes) - AGENT_BYTES)
     seconds = kind.step_seconds(parameters, step_rows(manifest, training) * training.window_tokens)
+    seconds *= _THERE_ALONE if depth == HEAD_ONLY else 1.0
     row = {"board": kind.label, "free_mb": round(free / 1e6), "seconds_per_step": round(seconds, 1)}
     try:
-        chosen = plan(manifest, training, free)
+        chosen = plan(manifest, training, free, depth=depth)
     except UnavailableError as refusal:
         return {
             **row,
@@ -174,7 +200,7 @@ def _row(
             "how": f"{refusal.what}. {refusal.hint}",
             "plan": None,
         }
-    needed = worker_bytes(manifest, training, chosen)
+    needed = worker_bytes(manifest, training, chosen, depth=depth)
     fields = {name: getattr(chosen, name) for name in chosen.__struct_fields__}
     return {
         **row,

@@ -6,6 +6,9 @@ from typing import Final
 
 ALL: Final = 0
 HEAD_ONLY: Final = -1
+# Graphs of a bundle whose head alone needs each row once: what it reads of a row, and what it makes of that.
+FEATURES: Final = "features"
+HEAD: Final = "head"
 
 
 def lowest_layer(depth: int, layers: int) -> int:

@@ -10,7 +10,7 @@ import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_agent.jobs import BundleJob, Gauge, Job, Train
+from edge_agent.jobs import BundleJob, Job
 from fedge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ class Warm:
         return dataset
 
     def _trainer_of(self, bundle: Bundle, job: BundleJob) -> Trainer:
-        from edge_agent.planner import step_rows
         from edge_agent.probe import check_probe
         from edge_agent.trainer import Trainer
 
@@ -78,8 +77,6 @@ class Warm:
         scratch = Path(job.scratch) if job.scratch else None
         seed = job.training.a_seed
         trainer = Trainer(bundle, job.threads, a_seed=seed, plan=job.plan, folder=scratch)
-        if isinstance(job, Train | Gauge):
-            trainer.reserve(step_rows(bundle.manifest, job.training), job.training.window_tokens)
         if job.verified != bundle.stamp:  # the first use since the agent began
             check_probe(trainer)
         self._trainer = key, trainer

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from edge_agent import effects, jobs
+from edge_agent.depth import ALL
 from edge_agent.downloads import Downloads
 from edge_agent.effects import Event
 from edge_agent.pace import Pace
@@ -119,7 +120,7 @@ class Work:
 
     def train(self, effect: effects.Train) -> Event | None:
         """Begin to train; the event that it failed when there is no room for it, or no worker can be had."""
-        chosen, reason = self._plan(effect.manifest, effect.publisher, effect.training)
+        chosen, reason = self._plan(effect.manifest, effect.publisher, effect.training, depth=effect.depth)
         if reason:
             return effects.WorkFailed(effect.transcript, reason, MEMORY)
         settings, home = self._settings, self._settings.home
@@ -148,7 +149,7 @@ class Work:
         return self._begin(effect.transcript, job)
 
     def _plan(
-        self, sha256: bytes, publisher: bytes, training: Training, *, gauged: bool = False
+        self, sha256: bytes, publisher: bytes, training: Training, *, gauged: bool = False, depth: int = ALL
     ) -> tuple[Plan, str]:
         """How a step is to be carried out here, or why this board should not even begin.
 
@@ -170,10 +171,10 @@ class Work:
             if (
                 self._planned is not None
                 and self._planned[0] == key
-                and fits(manifest, training, self._planned[1], room, gauged=gauged)
+                and fits(manifest, training, self._planned[1], room, gauged=gauged, depth=depth)
             ):
                 return self._planned[1], ""
-            chosen = plan(manifest, training, room, gauged=gauged)
+            chosen = plan(manifest, training, room, gauged=gauged, depth=depth)
         except UnavailableError as error:
             return Plan(), f"{error.what}: {whose}. {error.hint}"
         self._planned = key, chosen

@@ -17,13 +17,11 @@ from typing import Final
 
 import numpy as np
 
+from edge_agent.planner import KEPT_BYTES_MAX
 from edge_agent.trainer.batch import BatchArrays, Inputs, Ints
 from edge_agent.trainer.sessions import Floats, Graph, Tensor
 from fedge.lora import DENSE
 
-FEATURES: Final = "features"
-HEAD: Final = "head"
-KEPT_BYTES_MAX: Final = 8 << 20  # 5,400 rows of 384 numbers; less than the way back through a block takes
 Encode = Callable[[Inputs, Ints], Generator[None, None, Floats]]
 _DIGEST_BYTES: Final = 16
 

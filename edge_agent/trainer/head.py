@@ -49,6 +49,7 @@ class Head:
         manifest = self._bundle.manifest
         table = {part: self._bundle.tensor(name) for part, name in self._parts.items()}
         label_rows = self._rows.run({"ids": labels, **self._named(table)})["rows"]
+        self._let_go()
         yield
         count, height = len(labels), min(slice_rows or manifest.head_rows, manifest.head_rows)
         m = np.full((count, 1), _MINUS_INFINITY, np.float32)
@@ -60,8 +61,7 @@ class Head:
             feeds = {"f": features, "m": m, "z": z, "acc": acc, **part}
             out = self._cross_entropy.run(feeds, last=end == manifest.vocabulary)
             m, z, acc = out["m2"], out["z2"], out["acc2"]
-            for span in self._spans:
-                self._bundle.let_go(span)
+            self._let_go()
             yield
         at_label = np.einsum("md,md->m", features, label_rows)
         if manifest.logit_cap:
@@ -69,6 +69,11 @@ class Head:
             at_label = np.float32(manifest.logit_cap) * bent
             label_rows = label_rows * (1 - bent * bent)[:, None]
         return HeadResult((m + np.log(z))[:, 0] - at_label, acc / z - label_rows)
+
+    def _let_go(self) -> None:
+        """A row that is read has the kernel map its neighbours, too: a few hundred rows are most of the table."""
+        for span in self._spans:
+            self._bundle.let_go(span)
 
     def _named(self, table: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         return {self._parts[part]: tensor for part, tensor in table.items()}

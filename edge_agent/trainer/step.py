@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -19,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
-from edge_agent.planner import Plan
+from edge_agent.depth import FEATURES, HEAD
+from edge_agent.planner import Plan, encodes_once
 from edge_agent.trainer.batch import BatchArrays, Inputs, Piece, label_count
 from edge_agent.trainer.checkpoints import Checkpoints, Filed, Half, Plain
 from edge_agent.trainer.classify import TASK as CLASSIFY
 from edge_agent.trainer.classify import Answer, Classifier
-from edge_agent.trainer.frozen import FEATURES, HEAD, FrozenEncoder
+from edge_agent.trainer.frozen import FrozenEncoder
 from edge_agent.trainer.head import Head, HeadResult
 from edge_agent.trainer.pairs import POOL, POOL_BACKWARD, Pooling, Slopes
 from edge_agent.trainer.pairs import TASK as EMBED
@@ -165,7 +165,9 @@ class Streamer:
             feeds = {"x": forward.checkpoints.take(i), "gy": g, **kept, **self._block(i, aux, adapter)}
             out = graph.run(feeds, last=i == lowest)
             g = out.pop("gx", g)
-            gradients.update((f"L{i}/{name.removeprefix('g:')}", value) for name, value in out.items())
+            # As they come they lie in the runtime's arena, each in a piece that may be megabytes large.
+            gradients.update((f"L{i}/{n.removeprefix('g:')}", value.copy()) for n, value in out.items())
+            out.clear()
             self._bundle.let_go(self._spans[i])
             yield
         return StepResult(loss_sum, count, gradients)
@@ -188,9 +190,7 @@ class Streamer:
 
     def _frozen_encoder(self) -> FrozenEncoder | None:
         """What trains the head alone, where the bundle has the graphs for it."""
-        if self._frozen is None and {f"{name}.onnx" for name in (FEATURES, HEAD)} <= set(
-            self._bundle.manifest.files
-        ):
+        if self._frozen is None and encodes_once(self._bundle.manifest):
             self._frozen = FrozenEncoder(self._graph(FEATURES), self._graph(HEAD))
         return self._frozen
 
@@ -217,40 +217,6 @@ class Streamer:
         yield
         return loss_sum, g, {}
 
-    def reserve(self, rows: int, tokens: int, adapter: Mapping[str, Floats]) -> None:
-        """One block, one slice of the head and back, on the largest batch there will be.
-
-        The runtime's arena keeps what it once had and reuses a piece only for what fits: met smallest first, the
-        shapes of a ragged data set leave 10 to 20 MB of holes. Met largest first, none.
-        """
-        batch = self._blank(rows, tokens)
-        aux = self._before(batch.ids, batch.mask)
-        x = aux.pop("x")
-        self._bundle.let_go(self._table)
-        block = self._block(0, aux, adapter)
-        keep = "_keep" if self._plan.keep else ""
-        out = self._graph(f"block_fwd{keep}").run({"x": x, **block})
-        h = out.pop("y")
-        g = self._reserved_end(h, batch, adapter)
-        del h
-        if self._plan.keep < self._depth:
-            self._graph("block_bwd").run({"x": x, "gy": g, **block})
-        else:
-            self._graph("block_bwd_keep").run({"x": x, "gy": g, **out, **block})
-        self._bundle.let_go(self._spans[0])
-
-    def _blank(self, rows: int, tokens: int) -> Piece:
-        """Rows that say nothing, each with a label at its first position."""
-        audio = self._bundle.manifest.hears
-        if audio is None:
-            ids: Inputs = np.zeros((rows, tokens), np.int64)
-        else:
-            ids, tokens = np.zeros((rows, audio.mels, audio.frames), np.float32), audio.positions
-        labels = np.zeros((rows, 1), np.int64)
-        if self._pooling is not None:
-            labels[:, 0] = np.where(np.arange(rows) < rows // 2, np.arange(rows), -1)
-        return Piece(ids, np.ones((rows, tokens), np.int64), labels)
-
     def _ending(self) -> Classifier | Pooling:
         """What stands behind the last block of an encoder."""
         ending = self._classifier or self._pooling
@@ -260,15 +226,6 @@ class Streamer:
     def _before(self, ids: Inputs, mask: Ints) -> dict[str, Floats]:
         """What the prologue makes of ids, or of features: x and the aux tensors."""
         return self._graph("prologue").run({self._input: ids, "attention_mask": mask, **self._outside()})
-
-    def _reserved_end(self, h: Floats, batch: Piece, adapter: Mapping[str, Floats]) -> Floats:
-        outer = self._outside()
-        if self._head is None:
-            return self._ending().run(h, batch, adapter, outer).gradient
-        flat = self._graph("norm_fwd").run({"h": h, **outer})["f"].reshape(batch.mask.size, -1)
-        labels = np.zeros(len(flat), np.int64)
-        next(islice(self._head.run(flat, labels, self._plan.head_rows), 1, None))
-        return self._graph("norm_bwd").run({"h": h, "gf": flat.reshape(h.shape), **outer})["gh"]
 
     def _loss(self, h: Floats, labels: Ints) -> Generator[None, None, tuple[HeadResult, Floats]]:
         """Losses at the labels, and the gradient of their sum by the final features [B, S, D]."""

@@ -59,11 +59,6 @@ class Trainer:
         if seed != self._seed:
             self._seed, self._a = seed, self.layout.frozen(seed)
 
-    def reserve(self, rows: int, tokens: int) -> None:
-        """Takes the memory of a step on `rows` x `tokens` now, so that no later batch up to that size takes more."""
-        zero = {name: np.zeros(shape, np.float32) for name, shape in self.layout.shapes.items()}
-        self._streamer.reserve(min(rows, self._plan.rows or rows), tokens, self._fed(zero))
-
     def steps(
         self, batch: BatchArrays, adapter: Mapping[str, Floats], depth: int = 0
     ) -> Generator[None, None, StepResult]:

@@ -10,8 +10,9 @@ from encoders import labelled_rows, random_vector
 
 from edge_agent.bundle import Bundle, open_bundle
 from edge_agent.dataset import Batch
+from edge_agent.depth import FEATURES, HEAD
 from edge_agent.trainer import HEAD_ONLY, Trainer, TrainState, train_round
-from edge_agent.trainer.frozen import FEATURES, HEAD, FrozenEncoder
+from edge_agent.trainer.frozen import FrozenEncoder
 from edge_agent.trainer.sessions import Graph
 from edge_agent.trial import train_once
 from fedge.errors import ConfigError, UsageError

@@ -302,11 +302,12 @@ def test_training_loads_no_torch() -> None:
     assert "onnxruntime" in loaded.split()
 
 
-def test_reserving_memory_changes_no_number(bundle: Bundle) -> None:
-    trainer, batch = Trainer(bundle), make_batch(3, 12)
+def test_gradients_lie_in_memory_of_their_own(bundle: Bundle) -> None:
+    """As the runtime gives them they are views of its arena, and each would hold a piece of that for a whole step."""
+    trainer = Trainer(bundle)
     b = trainer.layout.split(np.zeros(trainer.layout.numbers, np.float32))
-    before = trainer.loss_and_gradients(batch, b)
-    trainer.reserve(4, 24)
-    after = trainer.loss_and_gradients(batch, b)
-    assert before.loss_sum == after.loss_sum
-    assert all(np.array_equal(before.gradients[name], after.gradients[name]) for name in before.gradients)
+    for gradient in trainer.loss_and_gradients(make_batch(2, 12), b).gradients.values():
+        owner = gradient
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        assert owner.flags.owndata
