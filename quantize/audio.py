@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import WhisperForAudioClassification
+from transformers import WhisperConfig, WhisperForAudioClassification
 from transformers.utils import logging
 
 from fedge.audio import FFT_SAMPLES, HOP_SAMPLES, POSITION_SAMPLES, SAMPLE_RATE, AudioInput
@@ -87,6 +87,22 @@ def open_audio(folder: Path, architecture: str, classes: Sequence[str], seconds:
         _fresh_head(model, classes)
         names = tuple(classes)
     return AudioClassifier(model, names, cut_window(model, seconds))
+
+
+def outline_audio(folder: Path, architecture: str, classes: Sequence[str], seconds: float) -> AudioClassifier:
+    """What `open_audio` would give, with shapes and without values. Raises the same but for what weights show."""
+    _check_preprocessor(folder)
+    config = WhisperConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = WhisperForAudioClassification(config)
+        if architecture == _WITH_HEAD:
+            check_names(classes)
+            names = check_head(model, classes)
+        else:
+            check_fresh(architecture, classes, vectors=False)
+            _fresh_head(model, classes)
+            names = tuple(classes)
+        return AudioClassifier(model, names, cut_window(model, seconds))
 
 
 def cut_window(model: Any, seconds: float = 0) -> AudioInput:

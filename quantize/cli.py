@@ -178,7 +178,8 @@ def _dry_run(arguments: argparse.Namespace, lora: LoraConfig, classes: tuple[str
 
     from quantize.dry_run import forecast
 
-    found = dataclasses.asdict(forecast(arguments.model, lora, arguments.format, classes, arguments.task))
+    more = arguments.task, arguments.seconds
+    found = dataclasses.asdict(forecast(arguments.model, lora, arguments.format, classes, *more))
     if arguments.json:
         print(json.dumps(found))
         return 0

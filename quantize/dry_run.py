@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedge.audio import AudioInput
 from fedge.errors import DataError, FedgeError, UnsupportedError
 from fedge.io.model_source import resolve_model
 from fedge.lora import DENSE, LoraConfig
@@ -39,12 +40,13 @@ from fedge.release import (
     encode_manifest,
     sign_manifest,
 )
-from quantize.audio import is_audio
+from quantize.audio import check_audio_config, is_audio, outline_audio
 from quantize.blocks import adapted_modules, graph_config, linears_of, matrix_of
 from quantize.encoders import outline_classifier, task_for, task_of, with_targets
 from quantize.formats import EMBEDDING_FORMAT, FORMATS, WeightFormat
+from quantize.inputs import hears
 from quantize.sentences import outline_sentences, vectors_of
-from quantize.source import no_classes, other_task
+from quantize.source import no_classes, no_seconds, other_task
 from quantize.supported import check_config, kind_of
 from quantize.tail import norms_of
 from quantize.watching import layers_of, layers_path_of
@@ -84,6 +86,7 @@ class Outline:
     grids: frozenset[str] = frozenset()  # types of the matrices in a GGUF; empty for a folder
     classes: tuple[str, ...] = ()  # of a classifier
     vectors: SentenceVectors | None = None  # of a sentence encoder
+    audio: AudioInput | None = None  # of a classifier of sound
 
     @property
     def task(self) -> str:
@@ -109,10 +112,15 @@ class Forecast:
 
 
 def forecast(
-    source: str, lora: LoraConfig, requested: str | None, classes: Sequence[str] = (), task: str = ""
+    source: str,
+    lora: LoraConfig,
+    requested: str | None,
+    classes: Sequence[str] = (),
+    task: str = "",
+    seconds: float = 0,
 ) -> Forecast:
     """Raises the refusals that quantising itself would raise for this configuration, before any weight is read."""
-    outline = outline_of(source, classes, task)
+    outline = outline_of(source, classes, task, seconds)
     if outline.task != "generate":
         lora = with_targets(outline.model, lora)
     fmt, exact, reason = _format(outline, requested)
@@ -140,8 +148,8 @@ def forecast(
     )
 
 
-def outline_of(source: str, classes: Sequence[str] = (), task: str = "") -> Outline:
-    """The outline of a model folder or a GGUF; `classes` and `task` as `source.load` has them.
+def outline_of(source: str, classes: Sequence[str] = (), task: str = "", seconds: float = 0) -> Outline:
+    """The outline of a model folder or a GGUF; `classes`, `task` and `seconds` as `source.load` has them.
 
     Raises what loading it would; UnsupportedError for a hub id.
     """
@@ -154,15 +162,17 @@ def outline_of(source: str, classes: Sequence[str] = (), task: str = "") -> Outl
             hint="Download the model first",
         )
     if place.kind != "gguf":
-        return _of_folder(place.path, classes, task)
+        return _of_folder(place.path, classes, task, seconds)
     if classes:
         raise no_classes(place.path.name)
+    if seconds:
+        raise no_seconds(place.path.name)
     if task not in ("", "generate"):
         raise other_task(place.path.name, task, "generate")
     return _of_gguf(place.path)
 
 
-def _of_folder(folder: Path, classes: Sequence[str], task: str) -> Outline:
+def _of_folder(folder: Path, classes: Sequence[str], task: str, seconds: float) -> Outline:
     from transformers import AutoConfig
 
     try:
@@ -170,13 +180,14 @@ def _of_folder(folder: Path, classes: Sequence[str], task: str) -> Outline:
     except ValueError as error:
         raise DataError("config.json is not JSON", field="model", value=str(folder)) from error
     if is_audio(text):
-        raise UnsupportedError(
-            "a dry run knows models of texts alone",
-            field="model_type",
-            value=text["model_type"],
-            hint="Quantise it; `fedge bundle plan` then says what it takes on boards",
-        )
+        if task not in ("", "classify"):
+            raise other_task(str(text["model_type"]), task, "classify")
+        heard = outline_audio(folder, check_audio_config(text), classes, seconds)
+        own = type(heard.model).__name__, folder.resolve().name
+        return Outline(heard.model, *own, 0, classes=heard.classes, audio=heard.audio)
     architecture = check_config(text)
+    if seconds:
+        raise no_seconds(architecture)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     vocabulary = folder / "tokenizer.json"
     size = vocabulary.stat().st_size if vocabulary.is_file() else 0
@@ -255,9 +266,11 @@ def draft(outline: Outline, lora: LoraConfig, fmt: WeightFormat) -> Manifest:
         graphs |= dict.fromkeys(("pool.onnx", "pool_bwd.onnx"), _GRAPH_BYTES // 10)
     else:
         graphs["classify.onnx" if outline.classes else "infer.onnx"] = _GRAPH_BYTES_LAYER * len(layers)
-    sizes = {WEIGHTS: size, TOKENIZER: outline.tokenizer_bytes, **graphs}
+    sizes = {WEIGHTS: size, **graphs}
+    if outline.audio is None:
+        sizes[TOKENIZER] = outline.tokenizer_bytes
     heads = int(getattr(config, "num_attention_heads", 1))
-    hidden = model.get_input_embeddings().weight.shape[1]
+    rows, hidden = (0, config.hidden_size) if outline.audio else model.get_input_embeddings().weight.shape
     return Manifest(
         format=FORMAT,
         model=outline.name,
@@ -268,7 +281,7 @@ def draft(outline: Outline, lora: LoraConfig, fmt: WeightFormat) -> Manifest:
         embedding_format=EMBEDDING_FORMAT,
         layers=len(layers),
         hidden=hidden,
-        vocabulary=model.get_input_embeddings().weight.shape[0],
+        vocabulary=rows,
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
@@ -290,6 +303,7 @@ def draft(outline: Outline, lora: LoraConfig, fmt: WeightFormat) -> Manifest:
         task=outline.task,
         classes=outline.classes,
         vectors=outline.vectors or msgspec.UNSET,
+        audio=outline.audio or msgspec.UNSET,
         dense={
             name.removeprefix(DENSE): place.shape for name, place in places.items() if name.startswith(DENSE)
         },
@@ -320,9 +334,11 @@ def _tensors(model: Any, layers: list[Any], fmt: WeightFormat) -> Iterator[tuple
                 yield from _matrix(f"L{index}/{module}.w", matrix_of(matrices[module]).shape, fmt)
             else:
                 yield f"L{index}/{name}", tuple(parameter.shape), "float32"
-    table, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    output = model.get_output_embeddings()
+    table = None if hears(model) else model.get_input_embeddings().weight
     head = table if output is None else output.weight
-    for name, matrix in (("EMB", table), *([] if head is table else [("HEAD", head)])):
+    tables = [] if table is None else [("EMB", table)]
+    for name, matrix in (*tables, *([] if head is table else [("HEAD", head)])):
         yield from _matrix(name, matrix.shape, FORMATS[EMBEDDING_FORMAT])
     trained = _head_of(model, layers) if output is None else []
     for name, parameter in model.named_parameters():

@@ -99,7 +99,7 @@ def load(text: str, classes: Sequence[str] = (), seconds: float = 0, task: str =
         if classes:
             raise no_classes(place.path.name)
         if seconds:
-            raise _no_seconds(place.path.name)
+            raise no_seconds(place.path.name)
         if task not in ("", "generate"):
             raise other_task(place.path.name, task, "generate")
         return load_gguf(place.path, licence=place.licence)
@@ -160,7 +160,7 @@ def _load_folder(
         return _load_audio(folder, config, (name, licence), classes, seconds)
     architecture = check_config(config)
     if seconds:
-        raise _no_seconds(architecture)
+        raise no_seconds(architecture)
     weights = _weights_of(folder)
     vocabulary = _tokenizer_of(folder)
     tokenizers.check_ids(vocabulary, int(config["vocab_size"]))
@@ -261,7 +261,8 @@ def other_task(what: str, task: str, own: str) -> UsageError:
     )
 
 
-def _no_seconds(what: str) -> UsageError:
+def no_seconds(what: str) -> UsageError:
+    """The refusal of a window for what does not hear."""
     return UsageError("only a model of sound hears for a while", field="seconds", value=what)
 
 

@@ -37,7 +37,8 @@ from fedge.release import (
 )
 from quantize.audio_gates import AudioExam, features_of, sounds
 from quantize.classifier_gates import LabelledBatch, torch_answers
-from quantize.dry_run import outline_of
+from quantize.dry_run import draft, outline_of
+from quantize.encoders import with_targets
 from quantize.formats import FORMATS
 from quantize.gates import Draft, GateError
 from quantize.source import Source, load
@@ -270,9 +271,38 @@ def test_what_would_be_heard_wrongly_is_refused(
         load(str(tmp_path / "model"), whispers.CLASSES)
 
 
-def test_a_dry_run_says_that_it_knows_texts_alone(audio_folder: Path) -> None:
-    with pytest.raises(UnsupportedError, match="texts alone"):
-        outline_of(str(audio_folder / "model"))
+def test_a_dry_run_foretells_a_classifier_of_sound(audio_folder: Path) -> None:
+    made = manifest_of(audio_folder)
+    lora = LoraConfig(r=4, alpha=8.0)
+    outline = outline_of(str(audio_folder / "model"), whispers.CLASSES, "", whispers.SECONDS)
+    told = draft(outline, with_targets(outline.model, lora), FORMATS["int8g"])
+    assert told.files[WEIGHTS].size == made.files[WEIGHTS].size
+    assert told.layout.numbers == made.layout.numbers
+    same = (
+        "hears",
+        "positions_max",
+        "hidden",
+        "layers",
+        "heads",
+        "vocabulary",
+        "classes",
+        "task",
+        "architecture",
+    )
+    assert [getattr(told, name) for name in same] == [getattr(made, name) for name in same]
+    assert need(told, Training(), data=False) == need(made, Training(), data=False)
+
+
+def test_a_dry_run_refuses_what_quantising_would(audio_folder: Path, tiny_model: Path) -> None:
+    folder = str(audio_folder / "model")
+    for words, said in (
+        ((folder,), "name the classes"),
+        ((folder, whispers.CLASSES, "embed"), "only one to classify"),
+        ((folder, whispers.CLASSES, "", 0.21), "cannot hear a window"),
+        ((str(tiny_model), (), "", 1.0), "only a model of sound"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            outline_of(*words)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- the manifest
