@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_end_to_end import running, wish
+from test_end_to_end import Run, running, wish
 
+from edge_agent.believed import campaign_in
 from edge_agent.bundle import open_bundle
+from edge_agent.fleet_adapter import take
+from edge_agent.journal import Journal
+from fedge.io.adapter_file import read_adapter
 from fedge.io.peft_folder import read_peft
 from fedge.rules import rule_of, usual_rows
 from hub.blobs import Blobs
@@ -35,6 +39,21 @@ def test_a_fleet_learns_by_another_rule(tmp_path: Path, tiny_bundle: Path, rule:
         assert found.notices == ()
         for name, value in found.tensors.items():
             np.testing.assert_array_equal(value, tensors[name])
+        _owner_has_it_too(run, tmp_path / "fleet.fedge", tensors)
+
+
+def _owner_has_it_too(run: Run, out: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """A device's owner gets from the hub what the operator exports, beside the agent that runs."""
+    home = run.fleet.home("device-0")
+
+    def told() -> bool:
+        return campaign_in(Journal(home.state).load().announcement).closed
+
+    run.until(told)
+    taken = take(home, out, run.fleet.folder / "blobs")
+    found = read_adapter(out, open_bundle(Path(taken.bundle)).manifest).tensors
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 def test_a_fleet_learns_vectors_from_pairs(tmp_path: Path, sentence_folder: Callable[[str], Path]) -> None:
