@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,6 +19,10 @@ from edge_agent.resources import threads_allowed
 from edge_agent.trial import OnProgress
 from fedge.io import durable
 from fedge.messages import Training
+
+if TYPE_CHECKING:
+    from fedge.release import Manifest
+    from fedge.rules import Rule
 
 
 class Personal(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,17 +61,14 @@ def personalise_once(
     progress: OnProgress = lambda what, done, of: None,
     reading: Reading | None = None,
 ) -> Personal:
-    """Try own steps from the adapter file `start`, and `alone_steps` from the base model; write `out` when one of what
-    came of it is better than `start`.
+    """Try own steps from the adapter file `start` and others from the base model; write `out` when one is better.
 
     `steps` () and `alone_steps` None are the usual; () alone is none. `training` is of the rule `fedit`, and its rate
     that of steps on top of the fleet's. Raises what the worker's job raises, the refusals of
     `fedge.io.adapter_file.read_trained`, UsageError when `out` would replace something else.
     """
-    import numpy as np
-
     from edge_agent.personal import ALONE_STEPS, STEPS
-    from fedge.io.adapter_file import adapter_of_state, read_trained, write_adapter
+    from fedge.io.adapter_file import read_trained
     from fedge.rules import rule_of
 
     manifest = trial.open_bundle_manifest(bundle)
@@ -76,8 +78,8 @@ def personalise_once(
     folder = Path(tempfile.mkdtemp(prefix="fedge-personal-"))  # 0700
     try:
         recordings = trial.write_halves(folder, data, reading)
-        state = rule.from_factors(adapter.tensors)
-        durable.write_bytes(folder / "start.f32", state.astype("<f4").tobytes(), secret=True)
+        state = rule.from_factors(adapter.tensors).astype("<f4").tobytes()
+        durable.write_bytes(folder / "start.f32", state, secret=True)
         job = jobs.Personalise(
             bundle=str(bundle.resolve()),
             adapter=str(folder / "start.f32"),
@@ -94,8 +96,7 @@ def personalise_once(
         reply = trial.one_job(job, "steps", progress)
         assert isinstance(reply, jobs.Personalised)
         if reply.own:
-            own = np.fromfile(folder / "own.f32", "<f4").astype(np.float32)
-            write_adapter(out, adapter_of_state(manifest, rule, "", own, steps=adapter.header.steps))
+            _keep(folder / "own.f32", out, manifest, rule, adapter.header.steps)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Personal(
@@ -107,3 +108,13 @@ def personalise_once(
         training_rows=reply.samples,
         adapter=str(out) if reply.own else "",
     )
+
+
+def _keep(state: Path, out: Path, manifest: Manifest, rule: Rule, steps: int) -> None:
+    """Write the adapter file `out` from what the worker left."""
+    import numpy as np
+
+    from fedge.io.adapter_file import adapter_of_state, write_adapter
+
+    own = np.fromfile(state, "<f4").astype(np.float32)
+    write_adapter(out, adapter_of_state(manifest, rule, "", own, steps=steps))
