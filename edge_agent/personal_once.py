@@ -88,6 +88,8 @@ def personalise_once(
             out=str(folder / "own.f32"),
             steps=steps or STEPS,
             training=training,
+            plan=trial.planned(manifest, training),
+            scratch=str(folder),
             threads=threads_allowed(threads),
             reading=recordings,
             data_seed=training.data_seed,
@@ -99,15 +101,7 @@ def personalise_once(
             _keep(folder / "own.f32", out, manifest, rule, adapter.header.steps)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return Personal(
-        model=manifest.model,
-        task=manifest.task,
-        kept=reply.kept,
-        tried=reply.tried,
-        held_out_rows=reply.held_out_rows,
-        training_rows=reply.samples,
-        adapter=str(out) if reply.own else "",
-    )
+    return _personal(manifest, reply, out)
 
 
 def _keep(state: Path, out: Path, manifest: Manifest, rule: Rule, steps: int) -> None:
@@ -118,3 +112,15 @@ def _keep(state: Path, out: Path, manifest: Manifest, rule: Rule, steps: int) ->
 
     own = np.fromfile(state, "<f4").astype(np.float32)
     write_adapter(out, adapter_of_state(manifest, rule, "", own, steps=steps))
+
+
+def _personal(manifest: Manifest, reply: jobs.Personalised, out: Path) -> Personal:
+    return Personal(
+        model=manifest.model,
+        task=manifest.task,
+        kept=reply.kept,
+        tried=reply.tried,
+        held_out_rows=reply.held_out_rows,
+        training_rows=reply.samples,
+        adapter=str(out) if reply.own else "",
+    )

@@ -22,10 +22,11 @@ from edge_agent import jobs
 from edge_agent.alone import OwnAdapter, numbered
 from edge_agent.dataset import Reading, Record, normal_form, read_records
 from edge_agent.depth import ALL, HEAD_ONLY
-from edge_agent.resources import threads_allowed
+from edge_agent.planner import Plan, plan
+from edge_agent.resources import free_memory_mb, threads_allowed
 from edge_agent.worker_process import Reply, WorkerProcess
 from fedge import errors
-from fedge.errors import DataError, FedgeError, NoInputError, UsageError
+from fedge.errors import DataError, FedgeError, NoInputError, UnavailableError, UsageError
 from fedge.io import durable
 from fedge.messages import Training
 from fedge.release import MANIFEST, SIGNATURE, Manifest, open_manifest
@@ -103,21 +104,23 @@ def train_once(
     alone, and every row is encoded once.
 
     Raises whatever the worker's jobs raise (NoInputError, DataError, IntegrityError), the refusals of
-    `fedge.io.adapter_file.read_adapter`, UsageError when `adapter_out` would replace something else.
+    `fedge.io.adapter_file.read_adapter`, UnavailableError when no way through a step fits the memory that is free,
+    UsageError when `adapter_out` would replace something else.
     """
     manifest = open_bundle_manifest(bundle)
     check_target(adapter_out)
     if head_only:
         _check_head(manifest, training)
     own = OwnAdapter.of(manifest, training, start)
-    rounds = own.rounds(steps)
+    rounds, depth = own.rounds(steps), HEAD_ONLY if head_only else ALL
+    way = planned(manifest, own.training, depth)
     folder = Path(tempfile.mkdtemp(prefix="fedge-trial-"))  # 0700
     try:
         parts = write_halves(folder, data, reading)
-        bench = _Bench(bundle.resolve(), folder, own.training, threads_allowed(threads), progress, parts)
+        bench = _Bench(bundle.resolve(), folder, own.training, threads_allowed(threads), progress, parts, way)
         try:
             before = bench.evaluate(own, "loss before")
-            own, trained = bench.train(own, rounds, HEAD_ONLY if head_only else ALL)
+            own, trained = bench.train(own, rounds, depth)
             after = bench.evaluate(own, "loss after")
         finally:
             bench.stop()
@@ -234,6 +237,15 @@ def write_halves(folder: Path, data: Path, reading: Reading | None) -> Reading:
     return Reading(folder=str(how.root(data).resolve()))
 
 
+def planned(manifest: Manifest, training: Training, depth: int = ALL) -> Plan:
+    """How a step is carried out in the memory that is free now. Raises UnavailableError, which says what would fit."""
+    left = free_memory_mb() << 20
+    try:
+        return plan(manifest, training, left, depth=depth)
+    except UnavailableError as error:
+        raise UnavailableError(f"{error.what}: {left // 10**6} MB are free here", hint=error.hint) from error
+
+
 class _Bench:
     """One worker and the jobs of a trial."""
 
@@ -245,8 +257,10 @@ class _Bench:
         threads: int,
         progress: OnProgress,
         reading: Reading | None = None,
+        way: Plan | None = None,
     ) -> None:
         self._bundle, self._folder, self._training = bundle, folder, training
+        self._way = way or Plan()
         self._reading = reading or Reading()
         self.threads, self._progress = threads, progress
         self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
@@ -262,6 +276,8 @@ class _Bench:
             training=self._training,
             verified=self._verified,
             threads=self.threads,
+            plan=self._way,
+            scratch=str(self._folder),
             reading=self._reading,
         )
         reply = self.do(job, what)
@@ -281,6 +297,8 @@ class _Bench:
                 training=self._training,
                 verified=self._verified,
                 threads=self.threads,
+                plan=self._way,
+                scratch=str(self._folder),
                 reading=self._reading,
                 delta=str(delta),
                 steps=steps,

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from edge_agent import jobs
+from edge_agent import trial as trials
 from edge_agent.alone import OwnAdapter, rule_and_rate
 from edge_agent.dataset import Conversation, Turn, read_records
+from edge_agent.planner import Plan
 from edge_agent.trial import Trial, by_turns, open_bundle_manifest, split, train_once, write_records
 from edge_agent.worker import evaluate
 from fedge.cli import main
-from fedge.errors import DataError, IntegrityError, NoInputError, StorageError, UsageError
+from fedge.errors import DataError, IntegrityError, NoInputError, StorageError, UnavailableError, UsageError
 from fedge.io.adapter_file import adapter_of, layout_of, read_adapter, write_adapter
 from fedge.lora import RULES
 from fedge.messages import Training
@@ -40,6 +42,30 @@ def test_training_lowers_the_loss_on_what_was_held_out(tiny_bundle: Path, data: 
     assert (trial.held_out_rows, trial.training_rows, trial.steps, trial.threads) == (5, 20, 4, 1)
     assert seen[-1][1] == seen[-1][2]
     assert [what for what, *_ in seen].count("training") == 4
+
+
+def test_a_step_is_planned_by_the_memory_that_is_free(
+    tiny_bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[float, float]:
+        trial = train_once(tiny_bundle, data, steps=3, training=Training(), threads=1)
+        return trial.loss_before, trial.loss_after
+
+    seen: list[int] = []
+    found = run()
+    for way in (Plan(), Plan(checkpoints="file")):  # the same bits by every exact way
+
+        def chosen(*args: object, way: Plan = way, **_: object) -> Plan:
+            seen.append(int(str(args[2])))
+            return way
+
+        monkeypatch.setattr(trials, "plan", chosen)
+        assert run() == found
+    assert all(room > 100e6 for room in seen)
+    monkeypatch.undo()
+    monkeypatch.setattr(trials, "free_memory_mb", lambda: 20)
+    with pytest.raises(UnavailableError, match="20 MB are free here"):
+        run()
 
 
 def test_the_command_prints_one_object(
