@@ -36,19 +36,19 @@ class OwnAdapter:
     steps: int = 0
 
     @classmethod
-    def of(cls, manifest: Manifest, training: Training, start: Path | None) -> OwnAdapter:
-        """The untouched model, or the function of the adapter file `start`.
+    def of(cls, manifest: Manifest, training: Training, start: Path | None, weights: Path) -> OwnAdapter:
+        """The untouched model, or the function of the adapter at `start`; `weights` is the bundle's file.
 
-        Raises UnsupportedError for an unknown rule, and the refusals of `fedge.io.adapter_file.read_adapter`.
+        Raises UnsupportedError for an unknown rule, and the refusals of `fedge.io.adapter_source.adapter_for`.
         """
-        from fedge.io.adapter_file import read_adapter
+        from fedge.io.adapter_source import adapter_for
         from fedge.rules import rule_of, started_from
 
         layout = manifest.layout
         rule = rule_of(training.rule, layout, training.a_seed)
         if start is None:
             return cls(manifest, training, rule.initial())
-        adapter = read_adapter(start, manifest)
+        adapter = adapter_for(start, manifest, weights)
         header = adapter.header
         if training.rule == "ffa" and header.a_seed and header.lora == manifest.lora:
             seeded = msgspec.structs.replace(training, a_seed=header.a_seed)
@@ -113,14 +113,15 @@ def numbered(rounds: list[int]) -> Iterator[tuple[int, int, int]]:
 def rule_and_rate(
     rule: str | None, rate: float | None, start: Path | None, task: str = "generate"
 ) -> tuple[str, float]:
-    """What was chosen; else the rule that the adapter file `start` was made by, else `ffa`, and the rate that suits
-    rule and task.
+    """What was chosen; else the rule that the adapter file `start` was made by (a PEFT folder names none), else `ffa`,
+    and the rate that suits rule and task.
 
     Raises the refusals of `fedge.io.adapter_file.read_adapter`.
     """
     from fedge.io.adapter_file import read_adapter
     from fedge.rules import usual_rate
 
-    made_by = read_adapter(start).header.rule if start is not None and rule is None else ""
+    known = start is not None and rule is None and not start.is_dir()
+    made_by = read_adapter(start).header.rule if start is not None and known else ""
     chosen = rule or (made_by if made_by in RULES else RULES[0])
     return chosen, usual_rate(chosen, task) if rate is None else rate

@@ -132,7 +132,11 @@ def _add_train_once(words: argparse._SubParsersAction[argparse.ArgumentParser]) 
     once.add_argument("--steps", type=_count, default=5, help="training steps (default: 5)")
     once.add_argument("--adapter-out", type=Path, metavar="FILE", help="keep the adapter in this file")
     once.add_argument(
-        "--from", dest="start", type=Path, metavar="ADAPTER", help="go on from this adapter file"
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="ADAPTER",
+        help="go on from this one: an adapter file, or a PEFT folder",
     )
     once.add_argument(
         "--rule",
@@ -193,7 +197,7 @@ def _add_personalise(words: argparse._SubParsersAction[argparse.ArgumentParser])
         type=Path,
         required=True,
         metavar="ADAPTER",
-        help="the fleet's adapter, from `fedge agent adapter`",
+        help="the fleet's adapter: a file of `fedge agent adapter`, or a PEFT folder",
     )
     own.add_argument("--adapter-out", type=Path, required=True, metavar="FILE", help="your own adapter")
     own.add_argument(

@@ -22,7 +22,10 @@ def add_embed(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--from", dest="file", type=Path, metavar="FILE", help="a text a line, after those named"
     )
     embed.add_argument(
-        "--adapter", type=Path, metavar="FILE", help="from `fedge agent train-once --adapter-out`"
+        "--adapter",
+        type=Path,
+        metavar="ADAPTER",
+        help="a file of `train-once`, `personalise` or `adapter`, or a PEFT folder",
     )
     embed.add_argument("--out", type=Path, metavar="FILE.npy", help="write an array [texts, numbers] instead")
     embed.add_argument("--threads", type=int, default=0, metavar="N", help="(default: all it may use)")
@@ -40,16 +43,18 @@ def _embed(arguments: argparse.Namespace) -> None:
     from edge_agent.resources import threads_allowed
     from fedge.errors import UsageError
     from fedge.io import durable
-    from fedge.io.adapter_file import read_trained
+    from fedge.io.adapter_source import adapter_for, trained_tensors
+    from fedge.release import WEIGHTS
 
     texts = list(_texts(arguments))
     if not texts:
         raise UsageError("no text is given", hint="fedge agent embed BUNDLE 'a text' 'another'")
     bundle = open_bundle(arguments.bundle)
-    adapter = read_trained(arguments.adapter, bundle.manifest) if arguments.adapter else None
-    embedder = Embedder(
-        bundle, threads_allowed(arguments.threads), None if adapter is None else adapter.tensors
-    )
+    tensors = None
+    if arguments.adapter is not None:
+        adapter = adapter_for(arguments.adapter, bundle.manifest, bundle.folder / WEIGHTS)
+        tensors = trained_tensors(adapter, bundle.manifest)
+    embedder = Embedder(bundle, threads_allowed(arguments.threads), tensors)
     if arguments.out is None:
         for text in texts:
             print(msgspec.json.encode({"text": text, "vector": embedder(text).tolist()}).decode(), flush=True)

@@ -52,7 +52,10 @@ def add_generate(words: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--adapter", type=Path, metavar="FILE", help="from `fedge agent train-once --adapter-out`"
+        "--adapter",
+        type=Path,
+        metavar="ADAPTER",
+        help="a file of `train-once`, `personalise` or `adapter`, or a PEFT folder",
     )
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="(128)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
@@ -184,12 +187,13 @@ def _open(arguments: argparse.Namespace) -> tuple[Generator, ChatFormat | None]:
     from edge_agent.bundle import open_bundle
     from edge_agent.generator import Generator, adapter_feeds
     from edge_agent.resources import threads_allowed
-    from fedge.io.adapter_file import read_adapter
+    from fedge.io.adapter_source import adapter_for
+    from fedge.release import WEIGHTS
 
     bundle = open_bundle(arguments.bundle)
     feeds = None
     if arguments.adapter is not None:
-        adapter = read_adapter(arguments.adapter, bundle.manifest)
+        adapter = adapter_for(arguments.adapter, bundle.manifest, bundle.folder / WEIGHTS)
         feeds = adapter_feeds(bundle.layout, adapter.tensors, adapter.header.layout)
     threads = threads_allowed(arguments.threads)
     return Generator(bundle, threads=threads, adapter=feeds), bundle.manifest.chat

@@ -19,6 +19,7 @@ from edge_agent.resources import threads_allowed
 from edge_agent.trial import OnProgress
 from fedge.io import durable
 from fedge.messages import Training
+from fedge.release import WEIGHTS
 
 if TYPE_CHECKING:
     from fedge.release import Manifest
@@ -61,24 +62,24 @@ def personalise_once(
     progress: OnProgress = lambda what, done, of: None,
     reading: Reading | None = None,
 ) -> Personal:
-    """Try own steps from the adapter file `start` and others from the base model; write `out` when one is better.
+    """Try own steps from the adapter at `start` and others from the base model; write `out` when one is better.
 
     `steps` () and `alone_steps` None are the usual; () alone is none. `training` is of the rule `fedit`, and its rate
     that of steps on top of the fleet's. Raises what the worker's job raises, the refusals of
-    `fedge.io.adapter_file.read_trained`, UsageError when `out` would replace something else.
+    `fedge.io.adapter_source`, UsageError when `out` would replace something else.
     """
     from edge_agent.personal import ALONE_STEPS, STEPS
-    from fedge.io.adapter_file import read_trained
+    from fedge.io.adapter_source import adapter_for, trained_tensors
     from fedge.rules import rule_of
 
     manifest = trial.open_bundle_manifest(bundle)
     trial.check_target(out)
-    adapter = read_trained(start, manifest)
+    adapter = adapter_for(start, manifest, bundle / WEIGHTS)
     rule = rule_of("fedit", manifest.layout, bytes(16))
     folder = Path(tempfile.mkdtemp(prefix="fedge-personal-"))  # 0700
     try:
         recordings = trial.write_halves(folder, data, reading)
-        state = rule.from_factors(adapter.tensors).astype("<f4").tobytes()
+        state = rule.from_factors(trained_tensors(adapter, manifest)).astype("<f4").tobytes()
         durable.write_bytes(folder / "start.f32", state, secret=True)
         job = jobs.Personalise(
             bundle=str(bundle.resolve()),

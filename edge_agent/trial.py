@@ -29,7 +29,7 @@ from fedge import errors
 from fedge.errors import DataError, FedgeError, NoInputError, UnavailableError, UsageError
 from fedge.io import durable
 from fedge.messages import Training
-from fedge.release import MANIFEST, SIGNATURE, Manifest, open_manifest
+from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, Manifest, open_manifest
 
 HELD_OUT_EVERY: Final = 5
 HELD_OUT_MAX: Final = 24
@@ -99,19 +99,19 @@ def train_once(
     reading: Reading | None = None,
     head_only: bool = False,
 ) -> Trial:
-    """Evaluate, train by `training.rule`, evaluate; from zero, or from the adapter file `start`. The adapter goes to
+    """Evaluate, train by `training.rule`, evaluate; from zero, or from the adapter at `start`. The adapter goes to
     `adapter_out`. `reading` is what the owner says about the file `data`. With `head_only`, a classifier's head trains
     alone, and every row is encoded once.
 
     Raises whatever the worker's jobs raise (NoInputError, DataError, IntegrityError), the refusals of
-    `fedge.io.adapter_file.read_adapter`, UnavailableError when no way through a step fits the memory that is free,
+    `fedge.io.adapter_source.adapter_for`, UnavailableError when no way through a step fits the memory that is free,
     UsageError when `adapter_out` would replace something else.
     """
     manifest = open_bundle_manifest(bundle)
     check_target(adapter_out)
     if head_only:
         _check_head(manifest, training)
-    own = OwnAdapter.of(manifest, training, start)
+    own = OwnAdapter.of(manifest, training, start, bundle / WEIGHTS)
     rounds, depth = own.rounds(steps), HEAD_ONLY if head_only else ALL
     way = planned(manifest, own.training, depth)
     folder = Path(tempfile.mkdtemp(prefix="fedge-trial-"))  # 0700

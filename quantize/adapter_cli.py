@@ -190,10 +190,11 @@ def _diff(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from fedge.io.adapter_source import adapter_for
     from fedge.io.peft_folder import export_peft
     from fedge.release import WEIGHTS
     from quantize.interop.bundle_weights import check_hash, read_manifest
-    from quantize.interop.opening import adapter_for, opened
+    from quantize.interop.opening import opened
 
     if arguments.out.exists():
         raise UsageError(
@@ -236,8 +237,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _export_optimum(arguments: argparse.Namespace, manifest: Manifest) -> None:
+    from fedge.io.adapter_source import adapter_for
     from fedge.release import WEIGHTS
-    from quantize.interop.opening import adapter_for
     from quantize.interop.optimum_folder import write_optimum
 
     bare = str(arguments.adapter) == _NONE

@@ -187,18 +187,6 @@ def read_adapter(path: Path, manifest: Manifest | None = None) -> Adapter:
     return adapter
 
 
-def read_trained(path: Path, manifest: Manifest) -> Adapter:
-    """The adapter in `path` with the bundle's own config, as its training graphs take it.
-
-    Raises what `read_adapter` raises, UnsupportedError for another config.
-    """
-    adapter = read_adapter(path, manifest)
-    config = adapter.header.lora
-    if config != manifest.lora:
-        raise UnsupportedError(f"{path} has another config than the bundle", field="lora", value=config)
-    return adapter
-
-
 def _header(path: Path, metadata: Mapping[str, str]) -> AdapterHeader:
     text = metadata.get(KEY)
     if text is None:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Final
 
 from fedge.errors import DataError, NoInputError, UnsupportedError
-from fedge.io.adapter_file import Adapter, adapter_of, is_adapter_file, read_adapter
-from fedge.io.peft_folder import TENSOR_FILE_BYTES_MAX, changes_of, read_config, read_peft
+from fedge.io.adapter_file import Adapter, is_adapter_file, read_adapter
+from fedge.io.peft_folder import TENSOR_FILE_BYTES_MAX, read_config
 from fedge.io.safetensors_file import read_tensors, widened
 from fedge.lora import DENSE, LoraConfig
 from fedge.peft import CONFIG_FILE, TENSOR_FILE, lora_config
-from fedge.release import Manifest
 from quantize.interop.factors import Factors, Floats, Opened, key_of
 
 _PEFT_NAME: Final = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -45,20 +44,6 @@ def open_adapter(path: Path) -> Opened:
         value=str(path),
         hint="Give a file of `fedge agent train-once --adapter-out`, a PEFT folder, or a GGUF LoRA",
     )
-
-
-def adapter_for(path: Path, manifest: Manifest, weights: Path) -> Adapter:
-    """The adapter at `path`, ours or a PEFT folder, as one of the bundle `manifest`, every tensor in its slot.
-
-    What a PEFT folder holds in full becomes a change of what the checked weight file at `weights` begins with.
-    """
-    if not path.is_dir():
-        return read_adapter(path, manifest)
-    found = read_peft(path, manifest.layout, classes=manifest.classes)
-    tensors = changes_of(found, weights, manifest)
-    a = {name: tensors[name] for name in found.layout.a_shapes}
-    vector = found.layout.join({name: tensors[name] for name in found.layout.shapes})
-    return adapter_of(manifest, vector, a=a, lora=found.config, rule="")
 
 
 def opened(adapter: Adapter, size: int) -> Opened:

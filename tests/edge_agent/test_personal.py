@@ -14,8 +14,10 @@ from edge_agent.personal_once import personalise_once, text
 from edge_agent.trainer.trainer import Trainer
 from fedge.errors import ConfigError, DataError
 from fedge.io.adapter_file import adapter_of, read_adapter, write_adapter
+from fedge.io.peft_folder import export_peft
 from fedge.lora import AdapterLayout, LoraConfig
 from fedge.messages import Training
+from fedge.release import WEIGHTS
 from fedge.rules import Ffa
 
 TRAINING = Training(rule="fedit", rate=own_rate("generate"))
@@ -169,6 +171,33 @@ def test_own_steps_through_the_worker_are_kept_in_a_file_of_their_own(
     assert moved == {"A", "B"}
     assert f"kept: {out}" in text(found)
     assert "nats per token" in text(found)
+
+
+def test_a_peft_folder_is_a_start_as_good_as_the_file(tiny_bundle: Path, tmp_path: Path) -> None:
+    """What an operator exports: PEFT; what `train-once`, `generate` and `personalise` begin with: either."""
+    manifest = open_bundle(tiny_bundle).manifest
+    numbers = np.random.default_rng(1).standard_normal(manifest.layout.numbers).astype(np.float32) * 0.1
+    fleet = adapter_of(manifest, numbers, a_seed=bytes(range(16)))
+    write_adapter(tmp_path / "fleet.fedge", fleet)
+    folder, weights = tmp_path / "peft", tiny_bundle / WEIGHTS
+    export_peft(folder, fleet.tensors, manifest.lora, manifest, weights, layout=manifest.layout)
+    data = tmp_path / "own.jsonl"
+    lines = [{"prompt": f"how are you {line}", "completion": "i am fine thank you"} for line in range(20)]
+    data.write_bytes(msgspec.json.Encoder().encode_lines(lines))
+    found = [
+        personalise_once(
+            tiny_bundle,
+            data,
+            start,
+            tmp_path / "mine",
+            steps=(2,),
+            alone_steps=(),
+            training=TRAINING,
+            threads=1,
+        )
+        for start in (tmp_path / "fleet.fedge", tmp_path / "peft")
+    ]
+    assert found[0].tried == pytest.approx(found[1].tried, abs=1e-6)
 
 
 def test_without_five_conversations_nothing_is_begun(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from fedge.errors import DataError, IntegrityError, NoInputError, StorageError, 
 from fedge.io.adapter_file import adapter_of, layout_of, read_adapter, write_adapter
 from fedge.lora import RULES
 from fedge.messages import Training
-from fedge.release import MANIFEST, SIGNATURE, open_manifest
+from fedge.release import MANIFEST, SIGNATURE, WEIGHTS, open_manifest
 from fedge.rules import RATES
 
 
@@ -156,7 +156,7 @@ def test_every_rule_trains_alone_and_what_is_kept_is_what_was_evaluated(
     kept = read_adapter(tmp_path / "made")
     assert (kept.header.rule, kept.header.a_seed, kept.header.steps) == (rule, b"", 8)
     plain = Training(rule="fedit")
-    own = OwnAdapter.of(open_bundle_manifest(tiny_bundle), plain, tmp_path / "made")
+    own = OwnAdapter.of(open_bundle_manifest(tiny_bundle), plain, tmp_path / "made", tiny_bundle / WEIGHTS)
     (tmp_path / "numbers").write_bytes(own.state.tobytes())
     write_records(tmp_path / "held_out.jsonl", split(read_records(data))[1])
     job = jobs.Evaluate(
@@ -173,7 +173,7 @@ def test_rounds_have_all_steps_and_a_basis_costs_at_most_one_of_a_fleet(tiny_bun
     manifest = open_bundle_manifest(tiny_bundle)
 
     def rounds(rule: str, *steps: int) -> list[list[int]]:
-        own = OwnAdapter.of(manifest, Training(rule=rule), None)
+        own = OwnAdapter.of(manifest, Training(rule=rule), None, tiny_bundle / WEIGHTS)
         return [own.rounds(count) for count in steps]
 
     assert rounds("ffa", 1, 40) == rounds("fedit", 1, 40) == rounds("sketch", 1, 40) == [[1], [40]]

@@ -16,6 +16,7 @@ from edge_agent.dataset import IGNORE, Batch
 from edge_agent.trainer import Trainer
 from edge_agent.trainer.rules import campaign_rule
 from fedge.errors import DataError, UnsupportedError
+from fedge.io.adapter_source import adapter_for
 from fedge.io.peft_folder import write_peft
 from fedge.lora import RULES, LoraConfig
 from fedge.release import WEIGHTS
@@ -25,7 +26,6 @@ from hub.campaigns import Wish, make_campaign
 from hub.effects import CampaignRow
 from hub.export import export_adapter, export_file
 from quantize.formats import FORMATS
-from quantize.interop.opening import adapter_for
 from quantize.source import load
 from quantize.weights import quantise
 
