@@ -1,8 +1,9 @@
 """`fedge agent adapter`: the fleet's newest adapter as a file, for the owner of a device that takes part.
 
 Whoever trains may use what came of it. The campaign's announcement, which the agent has verified and saved, names the
-adapter by its hash; it is taken from the device's own downloads or fetched from the hub, beside an agent that may be
-running, and written as the file that `fedge agent generate`, `chat`, `embed` and `personalise` read.
+adapter by its hash; it is renewed at most hourly while rounds go on, and when the campaign closes. The adapter is taken
+from the device's own downloads or fetched from the hub, beside an agent that may be running, and written as the file
+that `fedge agent generate`, `chat`, `embed` and `personalise` read.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class FleetAdapter(msgspec.Struct, frozen=True, kw_only=True):
 
 def text(taken: FleetAdapter) -> str:
     """The same for people."""
-    state = "the last" if taken.closed else "so far"
+    state = "the last" if taken.closed else "as the hub announced it, at most hourly"
     return (
         f"{taken.campaign}: version {taken.version} ({state}) of an adapter for {taken.model}: {taken.adapter}\n"
         f"its bundle: {taken.bundle}\n"
