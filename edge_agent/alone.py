@@ -94,11 +94,14 @@ class OwnAdapter:
         total = np.frombuffer(delta.read_bytes(), "<f4").astype(np.float32)
         return replace(self, state=rule.apply(part, self.state, total, 1.0), steps=self.steps + steps)
 
-    def keep(self, path: Path) -> None:
-        """Write the adapter's file. Raises StorageError, DataError for a number that is not finite."""
+    def keep(self, path: Path, made_by: str | None = None) -> None:
+        """Write the adapter's file, which says that it was `made_by` a rule: "" = by none, None = by this one.
+
+        Raises StorageError, DataError for a number that is not finite.
+        """
         from fedge.io.adapter_file import adapter_of_state, write_adapter
 
-        name = self.training.rule
+        name = self.training.rule if made_by is None else made_by
         write_adapter(path, adapter_of_state(self.manifest, self.rule, name, self.state, steps=self.steps))
 
 
@@ -121,7 +124,8 @@ def rule_and_rate(
     from fedge.io.adapter_file import read_adapter
     from fedge.rules import usual_rate
 
-    known = start is not None and rule is None and not start.is_dir()
-    made_by = read_adapter(start).header.rule if start is not None and known else ""
+    made_by = ""
+    if rule is None and start is not None and not start.is_dir():
+        made_by = read_adapter(start).header.rule
     chosen = rule or (made_by if made_by in RULES else RULES[0])
     return chosen, usual_rate(chosen, task) if rate is None else rate

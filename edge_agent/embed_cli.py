@@ -38,12 +38,13 @@ def _embed(arguments: argparse.Namespace) -> None:
     import msgspec
     import numpy as np
 
+    from edge_agent.alone import OwnAdapter
     from edge_agent.bundle import open_bundle
     from edge_agent.embedder import Embedder
     from edge_agent.resources import threads_allowed
     from fedge.errors import UsageError
     from fedge.io import durable
-    from fedge.io.adapter_source import adapter_for, trained_tensors
+    from fedge.messages import Training
     from fedge.release import WEIGHTS
 
     texts = list(_texts(arguments))
@@ -52,8 +53,9 @@ def _embed(arguments: argparse.Namespace) -> None:
     bundle = open_bundle(arguments.bundle)
     tensors = None
     if arguments.adapter is not None:
-        adapter = adapter_for(arguments.adapter, bundle.manifest, bundle.folder / WEIGHTS)
-        tensors = trained_tensors(adapter, bundle.manifest)
+        training = Training(rule="fedit")  # a file of A and B, as the training graphs take them
+        own = OwnAdapter.of(bundle.manifest, training, arguments.adapter, bundle.folder / WEIGHTS)
+        tensors = own.rule.tensors(own.state)
     embedder = Embedder(bundle, threads_allowed(arguments.threads), tensors)
     if arguments.out is None:
         for text in texts:

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from edge_agent import jobs, trial
+from edge_agent.alone import OwnAdapter
 from edge_agent.dataset import Reading
 from edge_agent.resources import threads_allowed
 from edge_agent.trial import OnProgress
 from fedge.io import durable
 from fedge.messages import Training
-from fedge.release import WEIGHTS
-
-if TYPE_CHECKING:
-    from fedge.release import Manifest
-    from fedge.rules import Rule
+from fedge.release import WEIGHTS, Manifest
 
 
 class Personal(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,21 +63,19 @@ def personalise_once(
 
     `steps` () and `alone_steps` None are the usual; () alone is none. `training` is of the rule `fedit`, and its rate
     that of steps on top of the fleet's. Raises what the worker's job raises, the refusals of
-    `fedge.io.adapter_source`, UsageError when `out` would replace something else.
+    `OwnAdapter.of`, UsageError when `out` would replace something else.
     """
+    import numpy as np
+
     from edge_agent.personal import ALONE_STEPS, STEPS
-    from fedge.io.adapter_source import adapter_for, trained_tensors
-    from fedge.rules import rule_of
 
     manifest = trial.open_bundle_manifest(bundle)
     trial.check_target(out)
-    adapter = adapter_for(start, manifest, bundle / WEIGHTS)
-    rule = rule_of("fedit", manifest.layout, bytes(16))
+    fleet = OwnAdapter.of(manifest, training, start, bundle / WEIGHTS)
     folder = Path(tempfile.mkdtemp(prefix="fedge-personal-"))  # 0700
     try:
         recordings = trial.write_halves(folder, data, reading)
-        state = rule.from_factors(trained_tensors(adapter, manifest)).astype("<f4").tobytes()
-        durable.write_bytes(folder / "start.f32", state, secret=True)
+        durable.write_bytes(folder / "start.f32", fleet.state.astype("<f4").tobytes(), secret=True)
         job = jobs.Personalise(
             bundle=str(bundle.resolve()),
             adapter=str(folder / "start.f32"),
@@ -99,20 +94,11 @@ def personalise_once(
         reply = trial.one_job(job, "steps", progress)
         assert isinstance(reply, jobs.Personalised)
         if reply.own:
-            _keep(folder / "own.f32", out, manifest, rule, adapter.header.steps)
+            own = np.fromfile(folder / "own.f32", "<f4").astype(np.float32)
+            replace(fleet, state=own).keep(out, made_by="")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return _personal(manifest, reply, out)
-
-
-def _keep(state: Path, out: Path, manifest: Manifest, rule: Rule, steps: int) -> None:
-    """Write the adapter file `out` from what the worker left."""
-    import numpy as np
-
-    from fedge.io.adapter_file import adapter_of_state, write_adapter
-
-    own = np.fromfile(state, "<f4").astype(np.float32)
-    write_adapter(out, adapter_of_state(manifest, rule, "", own, steps=steps))
 
 
 def _personal(manifest: Manifest, reply: jobs.Personalised, out: Path) -> Personal:

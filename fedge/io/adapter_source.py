@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fedge.io.adapter_file import Adapter, adapter_of, read_adapter
 from fedge.io.peft_folder import changes_of, read_peft
 from fedge.release import Manifest
-from fedge.rules import rule_of, started_from
-
-Floats = NDArray[np.float32]
-_SEED = bytes(16)  # of what a smaller rank leaves free in A: B is 0 there
 
 
 def adapter_for(path: Path, manifest: Manifest, weights: Path) -> Adapter:
@@ -28,12 +21,3 @@ def adapter_for(path: Path, manifest: Manifest, weights: Path) -> Adapter:
     a = {name: tensors[name] for name in found.layout.a_shapes}
     vector = found.layout.join({name: tensors[name] for name in found.layout.shapes})
     return adapter_of(manifest, vector, a=a, lora=found.config, rule="")
-
-
-def trained_tensors(adapter: Adapter, manifest: Manifest) -> dict[str, Floats]:
-    """A, B and dense changes of the same function in the bundle's own layout, as its training graphs take them.
-
-    Raises UnsupportedError naming a matrix that the bundle does not adapt, or adapts at a lower rank.
-    """
-    state = started_from("fedit", manifest.layout, _SEED, adapter.header.layout, adapter.tensors)
-    return rule_of("fedit", manifest.layout, _SEED).tensors(state)
