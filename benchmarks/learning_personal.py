@@ -24,7 +24,6 @@ from edge_agent.dataset import Batch, batches, evaluation_batches
 from edge_agent.dataset import Row as DataRow
 from edge_agent.personal import (
     ALONE_TIMES,
-    STEPS,
     Tensors,
     choose,
     mean_loss,
@@ -53,7 +52,9 @@ def personal_rows(bench: Bench, kept: Kept, seed: int) -> list[Row]:
     for group, people in bench.groups.items():
         found[group] = [_person(desk, kept, name, seed, few=False) for name in people]
     found["few"] = [_person(desk, kept, name, seed, few=True) for name in bench.groups["never seen"]]
-    rows = [row for group, people in found.items() for row in _table(group, people)]
+    rows = [
+        row for group, people in found.items() for row in _table(group, people, bench.scale.own_steps[-1])
+    ]
     took_part = found["took part"]
     gains = [one["alone"] - one["chosen"] for one in took_part]
     few = [one["alone"] - one["chosen"] for one in found["few"]]
@@ -111,7 +112,7 @@ class Desk:
 
 def _person(desk: Desk, kept: Kept, person: str, seed: int, *, few: bool) -> dict[str, float]:
     scale, task = desk.bench.scale, desk.bench.bundle.manifest.task
-    alone_steps = scale.rounds * scale.steps + STEPS[-1]
+    alone_steps = scale.rounds * scale.steps + scale.own_steps[-1]
     marks = (*(mark for mark in _ALONE_MARKS if mark < alone_steps), alone_steps)
 
     def make() -> dict[str, Any]:
@@ -121,8 +122,8 @@ def _person(desk: Desk, kept: Kept, person: str, seed: int, *, few: bool) -> dic
         own = own_steps(
             desk.trainer,
             desk.fleet,
-            desk.training_batches(rows, person, _OWN_ROUND, STEPS[-1]),
-            steps=STEPS,
+            desk.training_batches(rows, person, _OWN_ROUND, scale.own_steps[-1]),
+            steps=scale.own_steps,
             rate=own_rate(task),
         )
         alone = own_steps(
@@ -139,7 +140,7 @@ def _person(desk: Desk, kept: Kept, person: str, seed: int, *, few: bool) -> dic
         measured = {
             "zero": desk.rule.tensors(desk.rule.initial()),
             "fleet": desk.fleet,
-            "own": own[STEPS[-1]],
+            "own": own[scale.own_steps[-1]],
             "alone": alone[alone_steps],
             "stopped": alone[stopped],
             "chosen": choice.kept.tensors,
@@ -159,11 +160,11 @@ def _person(desk: Desk, kept: Kept, person: str, seed: int, *, few: bool) -> dic
     return kept.result(f"person {person} {'few' if few else 'all'} {seed}", facts, make)
 
 
-def _table(group: str, people: list[dict[str, float]]) -> list[Row]:
+def _table(group: str, people: list[dict[str, float]], own_steps: int) -> list[Row]:
     names = {
         "zero": "zero-shot",
         "fleet": "fleet",
-        "own": f"fleet and {STEPS[-1]} own steps",
+        "own": f"fleet and {own_steps} own steps",
         "alone": "alone, as many steps",
         "stopped": "alone, steps by the same choice",
         "chosen": "chosen",

@@ -14,6 +14,7 @@ from report import progress
 
 from edge_agent.bundle import open_bundle
 from edge_agent.dataset import Encode, Row, load_dataset, load_encoder
+from edge_agent.personal import STEPS
 from fedge.io import assets
 from fedge.lora import LoraConfig
 from fedge.messages import Training
@@ -34,9 +35,10 @@ class Scale:
     rounds: int = 8
     steps: int = 5
     heldout: int = 24
+    own_steps: tuple[int, ...] = STEPS  # of a person, on top of the fleet's adapter
 
 
-QUICK = Scale(devices=4, bloc_devices=2, unseen=2, rounds=2, steps=1, heldout=4)
+QUICK = Scale(devices=4, bloc_devices=2, unseen=2, rounds=2, steps=1, heldout=4, own_steps=(1, 2))
 
 
 class Bench:
